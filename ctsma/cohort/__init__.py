@@ -9,6 +9,7 @@ from .images import read_volume, write_volume
 from .manifest import check_data, image_path, read_knee_volume, read_manifest
 from .names import BIOMARKERS, BONES, COMPARTMENTS, InputFault
 from .provenance import content_key, sha256_file, source_sha256, write_json, write_results, write_text
+from .run import Run
 from .splits import check_splits, make_splits, read_splits, splits_path, stored_splits
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "BONES",
     "COMPARTMENTS",
     "InputFault",
+    "Run",
     "check_data",
     "check_splits",
     "content_key",

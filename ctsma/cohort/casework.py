@@ -47,25 +47,15 @@ def map_knees(
     folder.mkdir(parents=True, exist_ok=True)
     rows = knees.astype(object).where(knees.notna(), None).to_dict("records")
     keys = {row["knee_id"]: _key(function, row, parameters, after) for row in rows}
-    done = {
-        row["knee_id"]: record
-        for row in rows
-        if (record := _reusable(folder, row["knee_id"], keys)) is not None
-    }
+    done = {row["knee_id"]: record for row in rows if (record := _reusable(folder, row["knee_id"], keys)) is not None}
     waiting = [row for row in rows if row["knee_id"] not in done]
-    tasks = [
-        joblib.delayed(_work)(function, row, folder, parameters, keys[row["knee_id"]]) for row in waiting
-    ]
+    tasks = [joblib.delayed(_work)(function, row, folder, parameters, keys[row["knee_id"]]) for row in waiting]
     with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-        for count, record in enumerate(
-            joblib.Parallel(return_as="generator_unordered")(tasks), len(done) + 1
-        ):
+        for count, record in enumerate(joblib.Parallel(return_as="generator_unordered")(tasks), len(done) + 1):
             done[record["knee_id"]] = record
             if report:
                 report(_line(function, record, count, len(rows)))
-    return pd.DataFrame([done[row["knee_id"]] for row in rows]).drop(
-        columns=["key", "files"], errors="ignore"
-    )
+    return pd.DataFrame([done[row["knee_id"]] for row in rows]).drop(columns=["key", "files"], errors="ignore")
 
 
 def _key(function: Callable, row: dict, parameters: dict, after: Iterable[str | Path]) -> str:
@@ -84,9 +74,7 @@ def _reusable(folder: Path, knee_id: str, keys: dict[str, str]) -> dict | None:
     try:
         record = json.loads(path.read_text())
         same = record["key"] == keys[knee_id] and not record["error"]
-        return (
-            record if same and all(sha256_file(folder / n) == s for n, s in record["files"].items()) else None
-        )
+        return record if same and all(sha256_file(folder / n) == s for n, s in record["files"].items()) else None
     except (FileNotFoundError, ValueError, KeyError):
         return None  # never finished, or damaged since: worth computing again
 

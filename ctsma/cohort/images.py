@@ -99,9 +99,7 @@ def _check_stored(path: Path) -> None:
 def _check_finite(path: Path, array: np.ndarray) -> None:
     count = int(array.size - np.isfinite(array).sum())
     if count:
-        raise InputFault(
-            path, f"holds {count} NaN or infinite voxels", "export it again without masking by NaN"
-        )
+        raise InputFault(path, f"holds {count} NaN or infinite voxels", "export it again without masking by NaN")
 
 
 def _check_geometry(path: Path, image: sitk.Image) -> None:
@@ -116,21 +114,15 @@ def _check_geometry(path: Path, image: sitk.Image) -> None:
 def _check_values(path: Path, array: np.ndarray, modality: str) -> None:
     if not np.isfinite(array).all():
         count = int((~np.isfinite(array)).sum())
-        raise InputFault(
-            path, f"holds {count} NaN or infinite voxels", "export it again without masking by NaN"
-        )
+        raise InputFault(path, f"holds {count} NaN or infinite voxels", "export it again without masking by NaN")
     low, high = float(array.min()), float(array.max())
     if low == high:
-        raise InputFault(
-            path, f"is constant (every voxel {low:g})", "export the image itself, not an empty one"
-        )
+        raise InputFault(path, f"is constant (every voxel {low:g})", "export the image itself, not an empty one")
     if modality == "CT" and (low >= 0 or high < BONE_HU):
         seen = f"has values from {low:g} to {high:g}, so it is not a CT of bone in HU"
         raise InputFault(path, seen, "apply the rescale slope and intercept, or list an MR in column mr")
     if modality == "MR" and low < -200:
-        raise InputFault(
-            path, f"has values down to {low:g}, as a CT has", "list a CT in column ct, an MR in mr"
-        )
+        raise InputFault(path, f"has values down to {low:g}, as a CT has", "list a CT in column ct, an MR in mr")
 
 
 def _read_dicom(folder: Path, modality: str, echo: int | None) -> sitk.Image:
@@ -142,9 +134,7 @@ def _read_dicom(folder: Path, modality: str, echo: int | None) -> sitk.Image:
     try:
         image = reader.Execute()
     except RuntimeError as error:
-        raise InputFault(
-            folder, "cannot be read as a DICOM series (a truncated slice)", "export it again"
-        ) from error
+        raise InputFault(folder, "cannot be read as a DICOM series (a truncated slice)", "export it again") from error
     # ITK derives the gap from the first two slices only; the checked positions are the better witness.
     image.SetSpacing(
         (*image.GetSpacing()[:2], float(np.linalg.norm(positions[-1] - positions[0])) / (len(positions) - 1))
@@ -156,15 +146,11 @@ def _headers(folder: Path, modality: str) -> list[dict]:
     """One mapping of tags a file, for every DICOM file of the folder; checked to be one series."""
     slices = [_header(file) for file in sorted(folder.iterdir()) if file.is_file() and _is_dicom(file)]
     if not slices:
-        raise InputFault(
-            folder, "holds no DICOM file", "give the folder of one DICOM series, or a NIfTI file"
-        )
+        raise InputFault(folder, "holds no DICOM file", "give the folder of one DICOM series, or a NIfTI file")
     found = {entry["Modality"] for entry in slices}
     if found != {modality}:
         names = ", ".join(sorted(map(str, found)))
-        raise InputFault(
-            folder, f"holds modality {names} where {modality} is wanted", "correct the manifest's column"
-        )
+        raise InputFault(folder, f"holds modality {names} where {modality} is wanted", "correct the manifest's column")
     series = {entry["SeriesInstanceUID"] for entry in slices}
     if len(series) > 1:
         raise InputFault(folder, f"mixes {len(series)} DICOM series", "keep one series a folder")
@@ -183,16 +169,12 @@ def _header(file: Path) -> dict:
         raise InputFault(file, "is not a whole DICOM file", "export the series again") from error
     header = {tag: getattr(data, tag, None) for tag in TAGS} | {"file": file}
     if header["ImagePositionPatient"] is None or header["ImageOrientationPatient"] is None:
-        raise InputFault(
-            file, "has no slice position or orientation", "export the original slices, not a screen copy"
-        )
+        raise InputFault(file, "has no slice position or orientation", "export the original slices, not a screen copy")
     return header
 
 
 def _choose_echo(folder: Path, slices: list[dict], echo: int | None) -> list[dict]:
-    echoes = sorted(
-        {(int(e["EchoNumbers"] or 1), float(e["EchoTime"] or 0.0)) for e in slices if e["EchoTime"]}
-    )
+    echoes = sorted({(int(e["EchoNumbers"] or 1), float(e["EchoTime"] or 0.0)) for e in slices if e["EchoTime"]})
     if echo is None and len(echoes) <= 1:
         return slices
     listed = ", ".join(f"echo {number} (TE {time:g} ms)" for number, time in echoes) or "no echo number"
@@ -209,9 +191,7 @@ def _sorted_positions(folder: Path, slices: list[dict]) -> np.ndarray:
     """Sort the slices in place along their normal; return positions (n, 3) in LPS mm, checked to be even."""
     orientation = np.array([entry["ImageOrientationPatient"] for entry in slices], float)
     if np.abs(orientation - orientation[0]).max() > 1e-3:
-        raise InputFault(
-            folder, "holds slices of different orientation (a localiser?)", "keep one stack a folder"
-        )
+        raise InputFault(folder, "holds slices of different orientation (a localiser?)", "keep one stack a folder")
     normal = np.cross(orientation[0, :3], orientation[0, 3:])
     slices.sort(key=lambda entry: float(np.dot(np.array(entry["ImagePositionPatient"], float), normal)))
     positions = np.array([entry["ImagePositionPatient"] for entry in slices], float)

@@ -89,12 +89,8 @@ def read_knee_volume(knee: dict | pd.Series, column: str, root: str | Path) -> s
     echo = knee.get("mr_echo") if column.startswith("mr") else None
     path = image_path(knee, column, root)
     if path is None:
-        raise InputFault(
-            f"knee {knee['knee_id']}", f"has no image in column {column}", "add its path to the manifest"
-        )
-    return read_volume(
-        path, "CT" if column == "ct" else "MR", None if echo is None or pd.isna(echo) else int(echo)
-    )
+        raise InputFault(f"knee {knee['knee_id']}", f"has no image in column {column}", "add its path to the manifest")
+    return read_volume(path, "CT" if column == "ct" else "MR", None if echo is None or pd.isna(echo) else int(echo))
 
 
 def check_data(manifest: pd.DataFrame) -> pd.DataFrame:
@@ -119,9 +115,7 @@ def _check_image(knee: dict, column: str, root: str) -> dict:
 def _check_sha256(knee: dict, column: str, root: str) -> None:
     wanted, path = knee.get(f"{column}_sha256"), image_path(knee, column, root)
     if wanted is not None and not pd.isna(wanted) and path.is_file() and sha256_file(path) != wanted:
-        raise InputFault(
-            path, f"differs from {column}_sha256 of the manifest", "restore the file or correct the sum"
-        )
+        raise InputFault(path, f"differs from {column}_sha256 of the manifest", "restore the file or correct the sum")
 
 
 def _validated(path: Path, frame: pd.DataFrame) -> pd.DataFrame:
@@ -132,9 +126,7 @@ def _validated(path: Path, frame: pd.DataFrame) -> pd.DataFrame:
         return SCHEMA.validate(frame, lazy=True)
     except pa.errors.SchemaErrors as errors:
         faults = "; ".join(_sentence(row) for row in _distinct(errors.failure_cases))
-        raise InputFault(
-            path, faults, "correct the manifest (columns: data_manifest/datapackage.json)"
-        ) from errors
+        raise InputFault(path, faults, "correct the manifest (columns: data_manifest/datapackage.json)") from errors
 
 
 def _distinct(cases: pd.DataFrame) -> list[dict]:
@@ -147,9 +139,7 @@ def _sentence(case: dict) -> str:
         return f"column {case['failure_case']} is missing"
     if check == "column_in_schema":
         return f"column {case['failure_case']} is unknown"
-    row = (
-        "" if pd.isna(case["index"]) else f"row {int(case['index']) + 2}: "
-    )  # 1-based, below the header line
+    row = "" if pd.isna(case["index"]) else f"row {int(case['index']) + 2}: "  # 1-based, below the header line
     if case["schema_context"] == "DataFrameSchema":
         return f"{row}breaks the rule {check}"
     return f"{row}{case['column']} = {case['failure_case']!s} breaks {check}"

@@ -23,9 +23,7 @@ def make_splits(manifest: pd.DataFrame, n_folds: int, seed: int) -> pd.DataFrame
     """
     labels = manifest.groupby("subject_id")["oa"].max().fillna(-1)
     if not 2 <= n_folds <= len(labels):
-        raise InputFault(
-            "n_folds", f"is {n_folds} with {len(labels)} subjects", "choose 2 to the number of subjects"
-        )
+        raise InputFault("n_folds", f"is {n_folds} with {len(labels)} subjects", "choose 2 to the number of subjects")
     order = np.random.default_rng(seed).permutation(len(labels))
     shuffled = labels.iloc[order].sort_values(kind="stable")
     folds = pd.Series(np.arange(len(shuffled)) % n_folds, index=shuffled.index, name="fold")
@@ -57,13 +55,8 @@ def check_splits(splits: pd.DataFrame, manifest: pd.DataFrame, where: str | Path
         raise InputFault(where, f"puts subject {', '.join(twice)} in two folds", "keep one row a subject")
     missing = sorted(set(manifest["subject_id"]) - set(splits["subject_id"]))
     if missing:
-        raise InputFault(
-            where, f"has no fold for subject {', '.join(missing)}", "add it, or delete the file to remake"
-        )
-    if (
-        sorted(splits["fold"].unique()) != list(range(splits["fold"].nunique()))
-        or splits["fold"].nunique() < 2
-    ):
+        raise InputFault(where, f"has no fold for subject {', '.join(missing)}", "add it, or delete the file to remake")
+    if sorted(splits["fold"].unique()) != list(range(splits["fold"].nunique())) or splits["fold"].nunique() < 2:
         raise InputFault(where, "does not number its folds 0, 1, ...", "renumber the folds, at least two")
 
 

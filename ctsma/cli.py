@@ -1,0 +1,187 @@
+"""The command line: run, status, simulate, check-data, report. Exit codes: 0 good, 1 found faults or a stage
+failed, 2 the user's input cannot be used, 130 stopped by the user."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import __version__
+from .cohort import InputFault
+
+STUDY_FAILED, BAD_INPUT, STOPPED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code and never shows a traceback for a fault of the input."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except InputFault as fault:
+        print(fault, file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it stopped", file=sys.stderr)
+        return STOPPED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ctsma", description="Trabecular biomarkers from knee CT, learned from MR.")
+    parser.add_argument("--version", action="version", version=f"ctsma {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands.add_parser("run", help="run the study's notebooks in order, resuming what is done"))
+    status = commands.add_parser("status", help="which stages of a run are done")
+    status.add_argument("--name", default="quick", help="folder below runs/")
+    status.set_defaults(command=_status)
+    _add_simulate(commands.add_parser("simulate", help="write a simulated cohort to disk"))
+    check = commands.add_parser("check-data", help="check a manifest and every image it names")
+    check.add_argument("manifest", help="CSV of knees; columns: data_manifest/datapackage.json")
+    check.add_argument("--root", help="folder the image paths are relative to (default: the manifest's)")
+    check.set_defaults(command=_check_data)
+    report = commands.add_parser("report", help="write a run's HTML report again")
+    report.add_argument("--name", default="quick", help="folder below runs/")
+    report.add_argument("--readme", help="also renew the results table of this README")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--profile", default="quick", help="tiny, quick or paper (default: quick)")
+    parser.add_argument("--name", help="folder below runs/ (default: the profile's name)")
+    parser.add_argument("--from", dest="start", metavar="STAGE", help="run this stage again, and all after it")
+    parser.add_argument("--manifest", help="your own cohort instead of the simulated one")
+    parser.add_argument("--root", help="folder the manifest's paths are relative to (default: the manifest's)")
+    parser.add_argument("--anatomy", help="label map to grow the simulated knees from")
+    parser.add_argument("--seed", type=int, help="seed of cohort, folds and networks (default: 0)")
+    parser.add_argument("--jobs", type=int, dest="n_jobs", help="processes, one thread each (default: 2)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any notebook parameter")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run, with time and disk, and stop")
+    parser.set_defaults(command=_run)
+
+
+def _add_simulate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, help="folder of the new cohort")
+    parser.add_argument("--knees", type=int, default=80)
+    parser.add_argument("--rescans", type=int, default=0, help="knees with a second MR")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--anatomy", help="label map to grow the knees from")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.set_defaults(command=_simulate)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from . import report, study
+
+    path = Path("runs") / (arguments.name or arguments.profile)
+    if arguments.dry_run:
+        _say_plan(study.plan(path, arguments.profile, _overrides(arguments), arguments.start), arguments.profile)
+        return 0
+    with _Screen() as say:
+        try:
+            study.run(path, arguments.profile, _overrides(arguments), arguments.start, say)
+        except study.StageFailed as failure:
+            print(failure, file=sys.stderr)
+            return STUDY_FAILED
+        say(f"report: {report.write_report(path)}")
+    return 0
+
+
+def _overrides(arguments: argparse.Namespace) -> dict:
+    given = {}
+    for pair in arguments.set:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise InputFault(f"--set {pair}", "has no value", "write --set NAME=VALUE")
+        given[name] = value
+    for name in ("seed", "n_jobs"):
+        given |= {name: getattr(arguments, name)} if getattr(arguments, name) is not None else {}
+    for name in ("manifest", "root", "anatomy"):
+        given |= {name: str(Path(getattr(arguments, name)).resolve())} if getattr(arguments, name) else {}
+    return given
+
+
+def _say_plan(steps: list[dict], profile: str) -> None:
+    from .study import profiles
+
+    minutes, disk_gb = profiles()[profile]["minutes"], profiles()[profile]["disk_gb"]
+    for step in steps:
+        estimate = f"about {minutes[step['stage']]:g} min" if step["state"] == "run" else ""
+        print(f"{step['stage']:28}{step['state']:6}{estimate}")
+    total = sum(minutes[step["stage"]] for step in steps if step["state"] == "run")
+    print(f"in all about {total:g} minutes on two cores, {disk_gb:g} GB on disk")
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from .study import status
+
+    for row in status(Path("runs") / arguments.name):
+        seconds = f"{row['seconds']:.0f} s" if row["seconds"] else ""
+        print(f"{row['stage']:28}{row['state']:16}{seconds:>8}  {row['finished'] or ''}")
+    return 0
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from .simulation import write_cohort
+
+    with _Screen() as say:
+        options = {
+            "n_rescan": arguments.rescans,
+            "anatomy": arguments.anatomy,
+            "n_jobs": arguments.jobs,
+            "report": say,
+        }
+        print(write_cohort(arguments.out, "simulated", arguments.knees, arguments.seed, **options))
+    return 0
+
+
+def _check_data(arguments: argparse.Namespace) -> int:
+    from .cohort import check_data, read_manifest
+
+    table = check_data(read_manifest(arguments.manifest, arguments.root))
+    for row in table.to_dict("records"):
+        print(
+            f"{row['knee_id']}  {row['column']:10}",
+            row["fault"] or f"good: {row['size']} at {row['spacing_mm']} mm",
+        )
+    faults = int((table["fault"] != "").sum())
+    print(f"{len(table)} images, {faults} with a fault")
+    return 1 if faults else 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from . import report
+
+    path = Path("runs") / arguments.name
+    print(report.write_report(path))
+    if arguments.readme:
+        report.update_readme(arguments.readme, path / "results")
+    return 0
+
+
+class _Screen:
+    """Says lines: a bar for lines of the form "what n/N ..." on a terminal, plain lines otherwise."""
+
+    def __enter__(self):
+        self.bar = tqdm(total=1, bar_format="{desc}{bar:30}{postfix}", leave=False) if sys.stderr.isatty() else None
+        return self
+
+    def __exit__(self, *error):
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, line: str) -> None:
+        counted = [word for word in line.split() if word.replace("/", "", 1).isdigit() and "/" in word]
+        if self.bar is None:
+            print(line, flush=True)
+        elif counted:
+            self.bar.n, self.bar.total = map(int, counted[0].split("/"))
+            self.bar.set_description_str(line.split(counted[0])[0])
+            self.bar.set_postfix_str(line[line.index(counted[0]) :])
+        else:
+            self.bar.write(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

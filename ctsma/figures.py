@@ -1,0 +1,150 @@
+"""Drawing only: each function takes numbers and an `ax`, draws, and returns the `ax`.
+
+Nothing is computed or shown here. Colours are Okabe and Ito's, which colour-blind readers can tell apart.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+
+LABELS = {"bv_tv": "BV/TV", "tb_th_mm": "Tb.Th (mm)", "tb_sp_mm": "Tb.Sp (mm)", "tb_n_per_mm": "Tb.N (1/mm)"}
+COLOURS = {
+    "hu_regression": "#999999",
+    "ct_only": "#E69F00",
+    "ct_sma": "#0072B2",
+    "ct_sma_plus": "#009E73",
+    "ct_oracle": "#CC79A7",
+    "mr_teacher": "#56B4E9",
+    "mr_reference": "#000000",
+    "femur": "#0072B2",
+    "tibia": "#D55E00",
+}
+
+
+def image(ax: Axes, array: np.ndarray, spacing_mm: Sequence[float], title: str, limits=None, cmap="gray") -> Axes:
+    """Draw a 2D slice (rows, columns), first row on top, axes in mm; `spacing_mm` is (row, column)."""
+    extent = (0, array.shape[1] * spacing_mm[1], array.shape[0] * spacing_mm[0], 0)
+    low, high = limits if limits is not None else np.percentile(array, (1, 99))
+    ax.imshow(array, cmap=cmap, extent=extent, vmin=low, vmax=high, interpolation="nearest")
+    ax.set(title=title, xlabel="mm", ylabel="mm")
+    return ax
+
+
+def contour(ax: Axes, mask: np.ndarray, spacing_mm: Sequence[float], colour: str, label: str | None = None) -> Axes:
+    """Outline a 2D mask over a slice drawn by `image`; `spacing_mm` is (row, column)."""
+    rows = (np.arange(mask.shape[0]) + 0.5) * spacing_mm[0]
+    columns = (np.arange(mask.shape[1]) + 0.5) * spacing_mm[1]
+    if mask.any() and not mask.all():
+        ax.contour(columns, rows, mask.astype(float), levels=[0.5], colors=[colour], linewidths=1.2)
+    ax.plot([], [], color=colour, label=label)
+    return ax
+
+
+def checkerboard(ax: Axes, first: np.ndarray, second: np.ndarray, spacing_mm, title: str, tiles: int = 8) -> Axes:
+    """Draw two slices of one grid in alternating tiles, each scaled to its own 1st to 99th percentile."""
+    scaled = [_unit(array) for array in (first, second)]
+    rows, columns = np.indices(first.shape)
+    edge = max(1, max(first.shape) // tiles)
+    board = np.where((rows // edge + columns // edge) % 2 == 0, *scaled)
+    return image(ax, board, spacing_mm, title, limits=(0, 1))
+
+
+def blend(ax: Axes, first: np.ndarray, second: np.ndarray, spacing_mm, title: str) -> Axes:
+    """Draw two slices of one grid as one colour image: first in orange, second in blue, grey where they agree."""
+    one, two = (_unit(array) for array in (first, second))
+    colours = np.stack([one, (one + two) / 2, two], axis=-1)
+    extent = (0, first.shape[1] * spacing_mm[1], first.shape[0] * spacing_mm[0], 0)
+    ax.imshow(colours, extent=extent, interpolation="nearest")
+    ax.set(title=title, xlabel="mm", ylabel="mm")
+    return ax
+
+
+def points_by_group(ax: Axes, table: pd.DataFrame, x: str, y: str, hue: str | None = None, ylabel: str = "") -> Axes:
+    """Box and every point of `y` by the groups of `x` (and `hue`: femur and tibia, or arms)."""
+    palette = {name: COLOURS.get(name, "#0072B2") for name in table[hue].unique()} if hue else None
+    shared = {"data": table, "x": x, "y": y, "hue": hue, "palette": palette, "ax": ax, "legend": False}
+    sns.boxplot(**shared, showfliers=False, fill=False, linewidth=1)
+    sns.stripplot(**(shared | {"legend": bool(hue)}), dodge=bool(hue), size=3, alpha=0.6)
+    if hue:
+        ax.legend(title=None, frameon=False)
+    ax.set(xlabel="", ylabel=ylabel or y)
+    return ax
+
+
+def histogram(
+    ax: Axes, groups: Mapping[str, np.ndarray], xlabel: str, published: Sequence[float] | None = None
+) -> Axes:
+    """Histograms of several groups over each other; `published` (low, high) is shaded behind them."""
+    if published is not None:
+        ax.axvspan(*published, color="#DDDDDD", zorder=0, label="published range")
+    for (name, values), colour in zip(groups.items(), ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=False):
+        ax.hist(values, bins=20, histtype="step", linewidth=1.6, density=True, color=colour, label=name)
+    ax.set(xlabel=xlabel, ylabel="density")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def agreement(ax: Axes, reference: np.ndarray, estimate: np.ndarray, title: str, colour: str) -> Axes:
+    """Scatter of estimate against reference with the line of identity."""
+    low, high = np.min([reference, estimate]), np.max([reference, estimate])
+    ax.plot([low, high], [low, high], color="black", linewidth=0.8, linestyle="--")
+    ax.scatter(reference, estimate, s=6, alpha=0.5, color=colour, edgecolors="none")
+    ax.set(xlabel="reference", ylabel="estimate", title=title, aspect="equal")
+    return ax
+
+
+def bland_altman(
+    ax: Axes, reference: np.ndarray, estimate: np.ndarray, limits: Mapping, title: str, colour: str
+) -> Axes:
+    """Difference against mean with bias and 95 % limits; `limits` holds bias, loa_low, loa_high."""
+    ax.scatter((reference + estimate) / 2, estimate - reference, s=6, alpha=0.5, color=colour, edgecolors="none")
+    for name, style in (("bias", "-"), ("loa_low", "--"), ("loa_high", "--")):
+        ax.axhline(limits[name], color="black", linewidth=0.9, linestyle=style)
+        ax.annotate(
+            f"{limits[name]:.3f}", (1, limits[name]), xycoords=("axes fraction", "data"), fontsize=7, ha="right"
+        )
+    ax.set(xlabel="mean of both", ylabel="estimate - reference", title=title)
+    return ax
+
+
+def forest(ax: Axes, table: pd.DataFrame, xlabel: str, published: Mapping[str, float] | None = None) -> Axes:
+    """Values with intervals, one line each; `table` has label, value, low, high and colour; published: diamonds."""
+    rows = np.arange(len(table))[::-1]
+    for row, entry in zip(rows, table.to_dict("records"), strict=True):
+        ax.plot([entry["low"], entry["high"]], [row, row], color=entry["colour"], linewidth=2)
+        ax.plot(entry["value"], row, "o", color=entry["colour"], markersize=5)
+        if published and entry["label"] in published:
+            ax.plot(published[entry["label"]], row, "D", mfc="none", color="black", markersize=6)
+    ax.set_yticks(rows, table["label"])
+    ax.set_xlabel(xlabel)
+    ax.grid(axis="x", alpha=0.3)
+    return ax
+
+
+def curves(ax: Axes, table: pd.DataFrame, y: str, title: str) -> Axes:
+    """Loss against epoch: one thin line a fold, coloured by arm; `table` has arm, fold, epoch and `y`."""
+    for arm, lines in table.groupby("arm", sort=False):
+        for number, (_, line) in enumerate(lines.groupby("fold")):
+            label = arm if number == 0 else None
+            ax.plot(line["epoch"], line[y], color=COLOURS.get(arm, "#0072B2"), linewidth=1, alpha=0.7, label=label)
+    ax.set(xlabel="epoch", ylabel=y.replace("_", " "), title=title, yscale="log")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def roc(ax: Axes, false_positive: np.ndarray, true_positive: np.ndarray, label: str, colour: str, band=None) -> Axes:
+    """ROC curve; `band` (low, high) are true-positive rates on the same false-positive grid."""
+    ax.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=0.8, zorder=0)
+    ax.step(false_positive, true_positive, where="post", color=colour, linewidth=1.6, label=label)
+    if band is not None:
+        ax.fill_between(false_positive, *band, color=colour, alpha=0.12, linewidth=0, step="post")
+    ax.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal", xlim=(0, 1), ylim=(0, 1.01))
+    return ax
+
+
+def _unit(array: np.ndarray) -> np.ndarray:
+    low, high = np.percentile(array, (1, 99))
+    return np.clip((array - low) / max(high - low, 1e-9), 0, 1)

@@ -1,0 +1,132 @@
+"""One HTML page a notebook with its figures inside, an index, and the results table; no network is needed to read."""
+
+import html
+import json
+from pathlib import Path
+
+import nbformat
+import yaml
+from nbconvert import HTMLExporter
+from pygments.formatters import HtmlFormatter
+
+from .cohort import BIOMARKERS, InputFault, write_text
+
+PAPER = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text())
+ARMS = {
+    "hu_regression": "HU ridge regression",
+    "ct_only": "CT network alone",
+    "ct_sma": "CT network, distilled (CT-SMA)",
+    "ct_sma_plus": "CT network, distilled (ours)",
+    "ct_oracle": "CT network, ten times the knees",
+    "mr_teacher": "MR network (upper bound)",
+    "mr_reference": "MR reference itself",
+}
+LABELS = {"bv_tv": "BV/TV", "tb_th_mm": "Tb.Th", "tb_sp_mm": "Tb.Sp", "tb_n_per_mm": "Tb.N"}
+STYLE = """
+body{max-width:62rem;margin:2rem auto;padding:0 1rem;font:16px/1.55 system-ui,sans-serif;color:#222}
+img{max-width:100%;height:auto} pre{overflow-x:auto;background:#f6f7f8;padding:.6rem .8rem;font-size:13px}
+table{border-collapse:collapse;margin:1rem 0} td,th{border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:right}
+td:first-child,th:first-child{text-align:left} nav a{margin-right:1rem} a{color:#0b5a9c} .note{color:#666}
+div.jp-InputPrompt,div.jp-OutputPrompt,.anchor-link,div.prompt{display:none}
+"""
+
+
+def write_report(path: str | Path) -> Path:
+    """Render every executed notebook of a run and an index page; returns report/index.html.
+
+    Raises InputFault where the run has no executed notebook.
+    """
+    path = Path(path)
+    notebooks = sorted(path.glob("notebooks/[0-9][0-9]_*[!l].ipynb"))
+    notebooks = [notebook for notebook in notebooks if not notebook.stem.endswith(".partial")]
+    if not notebooks:
+        raise InputFault(path, "holds no executed notebook", "run the study first: ctsma run")
+    names = [notebook.stem for notebook in notebooks]
+    for notebook in notebooks:
+        write_text(path / "report" / f"{notebook.stem}.html", _page(notebook.stem, names, _body(notebook)))
+    return write_text(path / "report" / "index.html", _page("Study report", names, _index(path)))
+
+
+def results_table(results: str | Path) -> str:
+    """Markdown table paper / ours (simulated) with 95 % intervals, from the results files of a run's folder."""
+    agreement, diagnosis = (_read(results, stage) for stage in ("agreement", "diagnosis"))
+    lines = ["| quantity | paper | ours (simulated) |", "| --- | --- | --- |"]
+    for arm in [arm for arm in ARMS if arm in agreement["icc"]]:
+        lines += _icc_lines(arm, agreement["icc"][arm])
+    for arm in [arm for arm in ARMS if arm in diagnosis["auc"]]:
+        published = PAPER["auc"].get(arm, "")
+        lines.append(f"| AUC for OA, {ARMS[arm]} | {published} | {_interval(diagnosis['auc'][arm], 'auc')} |")
+    return "\n".join(lines) + "\n"
+
+
+def update_readme(readme: str | Path, results: str | Path) -> None:
+    """Replace the text between the README's results marks by the table and the origin of its numbers."""
+    text, (begin, end) = Path(readme).read_text(), ("<!-- results:begin -->\n", "<!-- results:end -->")
+    if begin not in text or end not in text:
+        raise InputFault(readme, "has no results marks", f"add the lines {begin.strip()} and {end}")
+    head, _, tail = text.partition(begin)
+    write_text(
+        readme,
+        head + begin + results_table(results) + "\n" + origin(results) + "\n" + end + tail.partition(end)[2],
+    )
+
+
+def origin(results: str | Path) -> str:
+    """One line that says what run the numbers come from."""
+    cohort = _read(results, "cohort")
+    minutes = sum(_read(results, stage.stem)["seconds"] for stage in sorted(Path(results).glob("*.json"))) / 60
+    keys = f"protocol {cohort['protocol_sha256'][:12]}, seed {cohort['seed']}, commit {cohort['git_commit'][:12]}"
+    return f"Profile `{cohort['profile']}`, {cohort['n_knees']} knees, {keys}; notebooks ran {minutes:.0f} minutes."
+
+
+def _icc_lines(arm: str, values: dict) -> list[str]:
+    published = PAPER["icc"].get(arm, {})
+    rows = [(f"ICC {LABELS[name]}", published.get(name, ""), values[name]) for name in BIOMARKERS if name in values]
+    lines = [f"| {label}, {ARMS[arm]} | {number} | {_interval(value, 'icc')} |" for label, number, value in rows]
+    mean = values["mean"]
+    shown = _interval(mean, "icc") if isinstance(mean, dict) else f"{mean:.3f}"
+    return [*lines, f"| ICC mean, {ARMS[arm]} | {published.get('mean', '')} | {shown} |"]
+
+
+def _interval(value: dict, name: str) -> str:
+    if value[name] is None:
+        return "not defined"
+    if value["ci_low"] is None:
+        return f"{value[name]:.3f} (no interval)"
+    return f"{value[name]:.3f} ({value['ci_low']:.3f} to {value['ci_high']:.3f})"
+
+
+def _read(results: str | Path, stage: str) -> dict:
+    file = Path(results) / f"{stage}.json"
+    if not file.exists():
+        raise InputFault(file, "does not exist", "run the study to its end first")
+    return json.loads(file.read_text())
+
+
+def _body(notebook: Path) -> str:
+    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
+    return exporter.from_notebook_node(nbformat.read(notebook, as_version=4))[0]
+
+
+def _index(path: Path) -> str:
+    complete = all((path / "results" / f"{stage}.json").exists() for stage in ("cohort", "agreement", "diagnosis"))
+    parts = [f"<h1>Study report: {html.escape(path.name)}</h1>"]
+    if complete:
+        parts.append(f"<p class='note'>{html.escape(origin(path / 'results'))}</p>" + _html_table(path / "results"))
+    for png in sorted(path.glob("figures/*.png")):
+        parts.append(f"<h2>{png.stem}</h2><img src='../figures/{png.name}' alt='{png.stem}'>")
+    return "\n".join(parts)
+
+
+def _html_table(results: Path) -> str:
+    rows = [line.strip("| ").split(" | ") for line in results_table(results).splitlines() if "---" not in line]
+    cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+
+
+def _page(title: str, names: list[str], body: str) -> str:
+    links = "".join(f"<a href='{name}.html'>{name}</a>" for name in names)
+    style = STYLE + HtmlFormatter().get_style_defs(".highlight")
+    head = f"<meta charset='utf-8'><title>{title}</title><style>{style}</style>"
+    top = f"<nav><a href='index.html'>index</a>{links}</nav>"
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{top}{body}</body></html>"
