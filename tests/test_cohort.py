@@ -58,10 +58,7 @@ def test_nifti_round_trip_keeps_geometry_and_values(tmp_path):
 
 
 def test_same_volume_gives_the_same_bytes(tmp_path):
-    sums = {
-        cohort.sha256_file(cohort.write_volume(volume(ct_array()), tmp_path / f"{i}.nii.gz"))
-        for i in range(2)
-    }
+    sums = {cohort.sha256_file(cohort.write_volume(volume(ct_array()), tmp_path / f"{i}.nii.gz")) for i in range(2)}
     assert len(sums) == 1
 
 
@@ -195,9 +192,7 @@ def test_real_series_has_the_geometry_of_its_headers(real_data):
     assert image.GetSize() == (256, 256, 24)
     assert image.GetSpacing() == pytest.approx((0.625, 0.625, 4.0), abs=1e-4)
     headers = [pydicom.dcmread(file, stop_before_pixels=True) for file in folder.iterdir()]
-    corners = np.array(
-        [header.ImagePositionPatient for header in headers if int(header.EchoNumbers) == 1], float
-    )
+    corners = np.array([header.ImagePositionPatient for header in headers if int(header.EchoNumbers) == 1], float)
     ours = np.array([image.TransformIndexToPhysicalPoint((0, 0, k)) for k in range(24)])
     distances = np.linalg.norm(corners[:, None] - ours[None], axis=2)
     assert distances.min(axis=0).max() < 0.02  # mm: the header rounds positions and directions to 6 digits
@@ -265,18 +260,25 @@ def test_check_data_names_every_bad_image_and_goes_on(tmp_path):
     ]
     faults = cohort.check_data(cohort.read_manifest(manifest(tmp_path, *rows)))["fault"]
     assert faults[0] == ""
-    assert ["HU" in faults[1], "does not exist" in faults[2], "differs from ct_sha256" in faults[3]] == [
-        True
-    ] * 3
+    assert ["HU" in faults[1], "does not exist" in faults[2], "differs from ct_sha256" in faults[3]] == [True] * 3
+
+
+def test_table_one_gives_means_shares_and_standardised_differences():
+    frame = pd.DataFrame(
+        [row(f"K{i}", f"S{i}", oa=i // 2, age=50 + 10 * i, sex="FFMM"[i], bmi=25 + i) for i in range(4)]
+    )
+    table = cohort.table_one(frame)
+    assert table.loc["age", "no OA"] == "55.0 (7.1)"
+    assert table.loc["age", "SMD"] == pytest.approx(20 / np.sqrt(50), abs=0.01)  # means 55 and 75, variance 50 each
+    assert list(table.loc["female_pct", ["no OA", "OA"]]) == ["100.0", "0.0"]
+    assert list(table.loc["n", ["no OA", "OA"]]) == [2, 2]
 
 
 # ---------------------------------------------------------------- splits
 def subjects(n=23):
     rng = np.random.default_rng(1)
     rows = [
-        row(f"K{i}{s}", f"S{i}", side=s, oa=int(i % 2))
-        for i in range(n)
-        for s in ("L", "R")[: 1 + rng.integers(2)]
+        row(f"K{i}{s}", f"S{i}", side=s, oa=int(i % 2)) for i in range(n) for s in ("L", "R")[: 1 + rng.integers(2)]
     ]
     return pd.DataFrame(rows)
 
@@ -365,9 +367,7 @@ def test_a_changed_earlier_record_counts_as_a_changed_input(tmp_path):
 
 # ---------------------------------------------------------------- provenance
 def test_json_is_written_whole_with_plain_numbers(tmp_path):
-    path = cohort.write_json(
-        tmp_path / "a.json", {"x": np.float32(0.5), "n": np.nan, "v": np.arange(2), "p": tmp_path}
-    )
+    path = cohort.write_json(tmp_path / "a.json", {"x": np.float32(0.5), "n": np.nan, "v": np.arange(2), "p": tmp_path})
     assert json.loads(path.read_text()) == {"x": 0.5, "n": None, "v": [0, 1], "p": str(tmp_path)}
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(TypeError):
@@ -376,9 +376,7 @@ def test_json_is_written_whole_with_plain_numbers(tmp_path):
 
 
 def test_source_key_follows_imports():
-    assert imports(
-        "from . import names\nfrom ..cohort.images import x\nimport ctsma.cohort", "ctsma.cohort"
-    ) == {
+    assert imports("from . import names\nfrom ..cohort.images import x\nimport ctsma.cohort", "ctsma.cohort") == {
         "ctsma.cohort.names",
         "ctsma.cohort.images",
         "ctsma.cohort",

@@ -6,7 +6,7 @@ Convention, said once: numpy arrays are (z, y, x); physical points are (x, y, z)
 
 from .casework import map_knees
 from .images import read_volume, write_volume
-from .manifest import check_data, image_path, read_knee_volume, read_manifest
+from .manifest import check_data, image_path, read_knee_volume, read_manifest, table_one
 from .names import BIOMARKERS, BONES, COMPARTMENTS, InputFault
 from .provenance import content_key, sha256_file, source_sha256, write_json, write_results, write_text
 from .run import Run
@@ -32,6 +32,7 @@ __all__ = [
     "source_sha256",
     "splits_path",
     "stored_splits",
+    "table_one",
     "write_json",
     "write_results",
     "write_text",

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import joblib
+import numpy as np
 import pandas as pd
 import pandera.pandas as pa
 import SimpleITK as sitk
@@ -93,12 +95,35 @@ def read_knee_volume(knee: dict | pd.Series, column: str, root: str | Path) -> s
     return read_volume(path, "CT" if column == "ct" else "MR", None if echo is None or pd.isna(echo) else int(echo))
 
 
-def check_data(manifest: pd.DataFrame) -> pd.DataFrame:
+def check_data(manifest: pd.DataFrame, n_jobs: int = 1) -> pd.DataFrame:
     """Read every image; one row each: knee_id, column, fault ("" when good), size, spacing_mm."""
     knees = manifest.to_dict("records")
     columns = [name for name in ("ct", "mr", "mr_rescan") if name in manifest]
-    rows = [_check_image(k, c, manifest.attrs["root"]) for k in knees for c in columns if not pd.isna(k[c])]
-    return pd.DataFrame(rows, columns=["knee_id", "column", "fault", "size", "spacing_mm"])
+    named = [(knee, column) for knee in knees for column in columns if not pd.isna(knee[column])]
+    tasks = (joblib.delayed(_check_image)(knee, column, manifest.attrs["root"]) for knee, column in named)
+    with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
+        return pd.DataFrame(joblib.Parallel()(tasks), columns=["knee_id", "column", "fault", "size", "spacing_mm"])
+
+
+def table_one(manifest: pd.DataFrame) -> pd.DataFrame:
+    """Table 1: mean and SD, or share in %, by OA label, with the standardised mean difference (pooled SD).
+
+    One row a characteristic; columns `no OA`, `OA`, `SMD`. Knees without a label are left out.
+    """
+    numbers = manifest[["age", "bmi", "kl_grade"]].astype(float).assign(
+        female_pct=100.0 * (manifest["sex"] == "F"), right_pct=100.0 * (manifest["side"] == "R")
+    )
+    without, with_oa = (numbers[manifest["oa"] == label] for label in (0, 1))
+    smd = (with_oa.mean() - without.mean()) / np.sqrt((with_oa.var() + without.var()) / 2)
+    shown = {
+        name: [_mean_sd(group[column]) for column in numbers] for name, group in (("no OA", without), ("OA", with_oa))
+    }
+    counts = pd.DataFrame({"no OA": [len(without)], "OA": [len(with_oa)], "SMD": [np.nan]}, index=["n"])
+    return pd.concat([counts, pd.DataFrame(shown, index=numbers.columns).assign(SMD=smd.round(2))])
+
+
+def _mean_sd(values: pd.Series) -> str:
+    return f"{values.mean():.1f}" if values.name.endswith("_pct") else f"{values.mean():.1f} ({values.std():.1f})"
 
 
 def _check_image(knee: dict, column: str, root: str) -> dict:
