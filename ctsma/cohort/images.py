@@ -70,6 +70,7 @@ def write_volume(image: sitk.Image, path: str | Path) -> Path:
     os.close(handle)
     try:
         sitk.WriteImage(image, temporary, useCompression=True, compressionLevel=1)
+        Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     finally:
         Path(temporary).unlink(missing_ok=True)
