@@ -1,8 +1,8 @@
 """The same piece of subchondral bone in CT and MR: where patches lie, how they are cut, and what is measured on them.
 
 A patch is a sagittal stack in CT space, array (slices, rows, columns): slices along x from lateral to medial, rows
-along z from top to bottom, columns along y from front to back. MR and CT patches cover the same 9 x 10.5 x 10.5 mm: the MR on
-its own voxel (0.75 x 0.21875 x 0.21875 mm, BFFE of the published code), the CT twice as coarse in plane.
+along z from top to bottom, columns along y from front to back. MR and CT patches cover the same 9 x 10.5 x 10.5 mm,
+the MR on its own voxel (0.75 x 0.21875 x 0.21875 mm, BFFE of the published code), the CT twice as coarse in plane.
 """
 
 from collections.abc import Sequence
@@ -260,7 +260,7 @@ def _true_biomarkers(row: dict, voi: np.ndarray, side: str, truth: Truth) -> dic
 
 
 def _around(image: sitk.Image, grid: sitk.Image, transform: sitk.Transform, margin: int = 6) -> sitk.Image | None:
-    """The part of `image` that a grid reaches through `transform`, with a margin in voxels; None where there is none."""
+    """What a grid reaches of `image` through `transform`, plus a margin in voxels; None where it reaches nothing."""
     corners = np.array(np.meshgrid(*([-0.5, n - 0.5] for n in grid.GetSize()), indexing="ij")).reshape(3, -1).T
     points = [transform.TransformPoint(grid.TransformContinuousIndexToPhysicalPoint(c.tolist())) for c in corners]
     index = np.array([image.TransformPhysicalPointToContinuousIndex(point) for point in points])

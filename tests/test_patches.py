@@ -1,0 +1,142 @@
+"""Patches: geometry in closed form, the direction of transforms, the region of interest, centres, and tables."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+
+from ctsma import patches
+from ctsma.cohort import BIOMARKERS, BONES, COMPARTMENTS, InputFault
+
+
+def ramp(coefficients=(1.0, 10.0, 100.0), size=(80, 80, 60), spacing=(0.5, 0.5, 0.6), origin=(-20.0, -20.0, -18.0)):
+    """Image whose value at a point is the scalar product of coefficients and point (LPS mm)."""
+    image = sitk.Image(size, sitk.sitkFloat32)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    points = patches.grid_points(image)
+    filled = sitk.GetImageFromArray((points @ np.array(coefficients)).astype(np.float32))
+    filled.CopyInformation(image)
+    return filled
+
+
+@pytest.mark.parametrize("side", ["L", "R"])
+def test_a_linear_image_is_sampled_at_the_right_points(side):
+    centre, coefficients = (1.3, -2.1, 0.7), np.array([1.0, 10.0, 100.0])
+    for shape, spacing in ((patches.MR_SHAPE, patches.MR_SPACING_MM), (patches.CT_SHAPE, patches.CT_SPACING_MM)):
+        points = patches.grid_points(patches.patch_grid(centre, side, shape, spacing))
+        np.testing.assert_allclose(points.reshape(-1, 3).mean(axis=0), centre, atol=1e-9)
+        sampled = patches.cut(ramp(), centre, side, shape, spacing)
+        # cubic B-splines reproduce a linear image; float32 values up to 2000 leave 1e-3
+        np.testing.assert_allclose(sampled, points @ coefficients, atol=5e-3)
+
+
+def test_slices_run_to_medial_rows_down_and_columns_back():
+    for side, medial in (("R", 1), ("L", -1)):
+        points = patches.grid_points(patches.patch_grid((0, 0, 0), side, patches.MR_SHAPE, patches.MR_SPACING_MM))
+        np.testing.assert_allclose(points[1, 0, 0] - points[0, 0, 0], [medial * 0.75, 0, 0], atol=1e-12)
+        np.testing.assert_allclose(points[0, 1, 0] - points[0, 0, 0], [0, 0, -0.21875], atol=1e-12)
+        np.testing.assert_allclose(points[0, 0, 1] - points[0, 0, 0], [0, 0.21875, 0], atol=1e-12)
+
+
+def test_ct_and_mr_patches_cover_the_same_volume():
+    mr = np.multiply(patches.MR_SHAPE, patches.MR_SPACING_MM)
+    np.testing.assert_allclose(mr, np.multiply(patches.CT_SHAPE, patches.CT_SPACING_MM))
+    np.testing.assert_allclose(mr, (9.0, 10.5, 10.5))
+
+
+def test_the_transform_maps_ct_points_to_mr_points():
+    shift = sitk.Euler3DTransform()
+    shift.SetTranslation((2.0, -3.0, 1.5))
+    plain = patches.cut(ramp(), (0, 0, 0), "R", patches.MR_SHAPE, patches.MR_SPACING_MM)
+    moved = patches.cut(ramp(), (0, 0, 0), "R", patches.MR_SHAPE, patches.MR_SPACING_MM, shift)
+    np.testing.assert_allclose(moved - plain, 2.0 - 30.0 + 150.0, atol=5e-3)
+
+
+def test_outside_the_image_is_nan_not_zero():
+    sampled = patches.cut(ramp(), (19.0, 0, 0), "R", patches.MR_SHAPE, patches.MR_SPACING_MM)
+    assert np.isnan(sampled).any()
+    assert np.isfinite(sampled).any()
+    assert np.isnan(patches.cut(ramp(), (500.0, 0, 0), "R", patches.MR_SHAPE, patches.MR_SPACING_MM)).all()
+
+
+def knee_masks(spacing=(1.0, 1.0, 1.0), gap_mm=5.0):
+    """Femur above z = gap / 2, tibia below - gap / 2: two slabs 70 x 50 mm, 25 mm high."""
+    image = sitk.Image([90, 70, 70], sitk.sitkUInt8)
+    image.SetSpacing(spacing)
+    image.SetOrigin((-45.0, -35.0, -35.0))
+    x, y, z = np.moveaxis(patches.grid_points(image), -1, 0)
+    inside = (abs(x) < 35) & (abs(y) < 25) & (abs(z) < 30)
+    labels = np.where(
+        inside & (z > gap_mm / 2), BONES["femur"], np.where(inside & (z < -gap_mm / 2), BONES["tibia"], 0)
+    )
+    masks = sitk.GetImageFromArray(labels.astype(np.uint8))
+    masks.CopyInformation(image)
+    return masks
+
+
+@pytest.mark.parametrize("side", ["L", "R"])
+def test_centres_lie_in_their_compartment_below_the_surface(side):
+    found = patches.centres(knee_masks(), side, 5, np.random.default_rng(0))
+    assert set(found["compartment"]) == set(COMPARTMENTS)
+    assert (found.groupby("compartment").size() == 5).all()
+    medial = found["compartment"].str.endswith("medial")
+    sign = 1 if side == "R" else -1
+    assert (np.sign(found["x"]) == np.where(medial, sign, -sign)).all()
+    femur = found["compartment"].str.startswith("femur")
+    assert found.loc[femur, "z"].tolist() == pytest.approx([3 + 5.25] * 10)  # first femur voxel at z = 3
+    assert found.loc[~femur, "z"].tolist() == pytest.approx([-3 - 5.25] * 10)
+    assert (found["x"].abs() > patches.MIDLINE_MM).all()
+    assert (found["x"].abs() < 35 - patches.RIM_MM + 1).all()
+    for _, rows in found.groupby("compartment"):
+        distance = np.hypot(*(rows[["x", "y"]].to_numpy()[:, None] - rows[["x", "y"]].to_numpy()[None]).T)
+        assert distance[~np.eye(5, dtype=bool)].min() >= patches.APART_MM
+
+
+def test_centres_do_not_depend_on_the_storage_order_of_the_image():
+    masks = knee_masks()
+    turned = sitk.DICOMOrient(masks, "PIR")
+    first, second = (patches.centres(m, "R", 3, np.random.default_rng(4)) for m in (masks, turned))
+    pd.testing.assert_frame_equal(first, second)
+
+
+def test_bones_that_do_not_face_each_other_are_refused():
+    with pytest.raises(InputFault, match="no femur facing a tibia"):
+        patches.centres(knee_masks(gap_mm=20.0), "R", 3, np.random.default_rng(0))
+
+
+def test_trabecular_region_starts_below_the_plate():
+    masks = knee_masks()
+    region = patches.trabecular_region(masks, "tibia", (15.0, 0.0, -2.5 - 5.25), "R")
+    points = patches.grid_points(
+        patches.patch_grid((15.0, 0.0, -2.5 - 5.25), "R", patches.MR_SHAPE, patches.MR_SPACING_MM)
+    )
+    top = points[..., 2][region].max()
+    assert top == pytest.approx(-2.5 - patches.PLATE_MM, abs=0.5 + 0.22)  # half a mask voxel and one patch row
+    assert not patches.trabecular_region(masks, "femur", (15.0, 0.0, -7.75), "R").any()
+
+
+def test_tables_are_read_back_without_flagged_patches(tmp_path):
+    table = pd.DataFrame({"knee_id": ["K1", "K1"], "subject_id": "S1", "patch_id": [0, 1], "flag": ["", "bad"]})
+    table.to_csv(tmp_path / "K1_table.csv", index=False)
+    arrays = {"mr": np.arange(2.0), "ct": np.arange(2.0), "voi": np.ones(2, bool)}
+    np.savez(tmp_path / "K1.npz", **arrays)
+    assert list(patches.load_table(tmp_path)["patch_id"]) == [0]
+    assert len(patches.load_table(tmp_path, usable=False)) == 2
+    assert list(patches.load_patches(tmp_path, usable=False).mr) == [0.0, 1.0]
+    with pytest.raises(InputFault, match="holds no patches"):
+        patches.load_table(tmp_path / "none")
+
+
+def test_tokens_join_place_and_values_of_every_arm():
+    reference = pd.DataFrame(
+        {"knee_id": ["K1", "K2"], "subject_id": ["S1", "S2"], "patch_id": 0, "compartment": "tibia_medial"}
+    )
+    reference = reference.assign(u=1.0, v=2.0, w=3.0, **dict.fromkeys(BIOMARKERS, 0.5))
+    predictions = reference[["knee_id", "subject_id", "patch_id"]].assign(
+        arm="ct_only", **dict.fromkeys(BIOMARKERS, 0.1)
+    )
+    tokens = patches.tokens_by_arm(predictions, reference, ["K2"])
+    assert list(tokens) == ["ct_only", "mr_reference"]
+    assert tokens["ct_only"].loc[0, ["knee_id", "u", "bv_tv"]].tolist() == ["K2", 1.0, 0.1]
+    assert tokens["mr_reference"]["bv_tv"].tolist() == [0.5]
