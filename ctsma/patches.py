@@ -179,6 +179,14 @@ def load_patches(folder: str | Path, usable: bool = True) -> Patches:
     return Patches(table, **{name: np.concatenate(parts) for name, parts in arrays.items()})
 
 
+def with_truth(patches: Patches, truth: pd.DataFrame) -> Patches:
+    """The patches whose truth is known, with columns true_bv_tv, ... in their table; `truth` as of `load_truth`."""
+    named = truth.rename(columns={name: f"true_{name}" for name in BIOMARKERS})
+    table = patches.table.merge(named, on=["knee_id", "patch_id"], how="left")
+    kept = table["true_bv_tv"].notna().to_numpy()
+    return Patches(table[kept].reset_index(drop=True), patches.mr[kept], patches.ct[kept], patches.voi[kept])
+
+
 def tokens_by_arm(predictions: pd.DataFrame, reference: pd.DataFrame, knees: Sequence[str]) -> dict[str, pd.DataFrame]:
     """Patch tokens of every arm for the named knees: knee_id, subject_id, compartment, u, v, w and the biomarkers.
 

@@ -5,7 +5,7 @@ Convention, said once: numpy arrays are (z, y, x); physical points are (x, y, z)
 """
 
 from .casework import map_knees
-from .images import read_volume, write_volume
+from .images import anatomical_plane, read_volume, write_volume
 from .manifest import check_data, image_path, read_knee_volume, read_manifest, table_one
 from .names import BIOMARKERS, BONES, COMPARTMENTS, InputFault
 from .provenance import content_key, sha256_file, source_sha256, write_json, write_results, write_text
@@ -18,6 +18,7 @@ __all__ = [
     "COMPARTMENTS",
     "InputFault",
     "Run",
+    "anatomical_plane",
     "check_data",
     "check_splits",
     "content_key",

@@ -77,6 +77,19 @@ def write_volume(image: sitk.Image, path: str | Path) -> Path:
     return path
 
 
+def anatomical_plane(image: sitk.Image, plane: str, share: float = 0.5) -> tuple[np.ndarray, tuple[float, float]]:
+    """A "sagittal" (x), "coronal" (y) or "axial" (z) slice for display, at a share of the image's extent.
+
+    Returns the array (rows from the top or front) and its (row, column) spacing in mm; nothing is resampled.
+    """
+    image = sitk.DICOMOrient(image, "LPS")
+    array, (dx, dy, dz) = sitk.GetArrayViewFromImage(image), image.GetSpacing()
+    axis = {"axial": 0, "coronal": 1, "sagittal": 2}[plane]
+    chosen = np.take(array, int(share * (array.shape[axis] - 1)), axis=axis)
+    spacing_mm = {"axial": (dy, dx), "coronal": (dz, dx), "sagittal": (dz, dy)}[plane]
+    return (chosen if plane == "axial" else chosen[::-1]), spacing_mm
+
+
 def _read_file(path: Path) -> sitk.Image:
     try:
         _check_stored(path)

@@ -110,8 +110,10 @@ def table_one(manifest: pd.DataFrame) -> pd.DataFrame:
 
     One row a characteristic; columns `no OA`, `OA`, `SMD`. Knees without a label are left out.
     """
-    numbers = manifest[["age", "bmi", "kl_grade"]].astype(float).assign(
-        female_pct=100.0 * (manifest["sex"] == "F"), right_pct=100.0 * (manifest["side"] == "R")
+    numbers = (
+        manifest[["age", "bmi", "kl_grade"]]
+        .astype(float)
+        .assign(female_pct=100.0 * (manifest["sex"] == "F"), right_pct=100.0 * (manifest["side"] == "R"))
     )
     without, with_oa = (numbers[manifest["oa"] == label] for label in (0, 1))
     smd = (with_oa.mean() - without.mean()) / np.sqrt((with_oa.var() + without.var()) / 2)

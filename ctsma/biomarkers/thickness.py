@@ -1,0 +1,182 @@
+"""Local thickness after Hildebrand and Rueegsegger (J Microsc 1997;185:67), written from the definition."""
+
+import numpy as np
+from numba import njit
+
+from ctsma.cohort import InputFault
+
+FAR = 2**30  # squared distance, voxel^2: no surface seen; its sum with any squared step still fits in int32
+
+
+@njit(cache=True)
+def _lower_envelope(lines):
+    """In place, for each row: value[i] <- min over j of value[j] + (i - j)^2, searched outwards from i."""
+    n = lines.shape[1]
+    row = np.empty(n, lines.dtype)
+    for k in range(lines.shape[0]):
+        row[:] = lines[k]
+        for i in range(n):
+            best, step = row[i], 1
+            while step < n and step * step < best:
+                if i >= step:
+                    best = min(best, row[i - step] + step * step)
+                if i + step < n:
+                    best = min(best, row[i + step] + step * step)
+                step += 1
+            lines[k, i] = best
+
+
+def squared_distance(surface: np.ndarray, axes: tuple[int, ...] = (2, 1, 0)) -> np.ndarray:
+    """Exact squared distance (int32, voxel^2) to the nearest True voxel centre, along `axes`; FAR if none."""
+    distance = np.where(surface, np.int32(0), np.int32(FAR))
+    for axis in axes:
+        lines = np.ascontiguousarray(np.moveaxis(distance, axis, -1))
+        _lower_envelope(lines.reshape(-1, lines.shape[-1]))
+        distance = np.moveaxis(lines, -1, axis)
+    return np.ascontiguousarray(np.minimum(distance, FAR))
+
+
+def _covering_radius2(largest: int) -> np.ndarray:
+    """(4, largest + 1): squared radius from which on a ball 0, 1, sqrt 2 or sqrt 3 voxels off holds a whole ball."""
+    radius = np.sqrt(np.arange(largest + 1))
+    return np.ceil([np.full(largest + 1, FAR)] + [(radius + np.sqrt(k)) ** 2 - 1e-9 for k in (1, 2, 3)]).astype(
+        np.int64
+    )
+
+
+@njit(cache=True)
+def _ridge(radius2, cover):
+    """Flat indices of the balls that no neighbour's ball holds: painting these alone changes nothing."""
+    nz, ny, nx = radius2.shape
+    found = [0 for _ in range(0)]
+    for z, y, x in np.ndindex(radius2.shape):
+        size = radius2[z, y, x]
+        kept = size > 0
+        for k in range(max(z - 1, 0), min(z + 2, nz) if kept else 0):
+            for j in range(max(y - 1, 0), min(y + 2, ny)):
+                for i in range(max(x - 1, 0), min(x + 2, nx)):
+                    kept &= radius2[k, j, i] < cover[abs(k - z) + abs(j - y) + abs(i - x), size]
+        if kept:
+            found.append((z * ny + y) * nx + x)
+    return np.array(found)
+
+
+@njit(cache=True)
+def _paint(radius2, centres):
+    """Squared radius of the largest ball over each voxel: first write wins; `following` skips painted voxels."""
+    nz, ny, nx = radius2.shape
+    painted = np.zeros_like(radius2)
+    following = np.full((nz, ny, nx + 1), nx, np.int32)
+    for z, y, x in np.ndindex(radius2.shape):
+        if radius2[z, y, x] > 0:
+            following[z, y, x] = x
+    for x in range(nx - 1, -1, -1):
+        following[:, :, x] = np.minimum(following[:, :, x], following[:, :, x + 1])
+    for centre in centres:
+        cz, cy, cx = centre // (ny * nx), centre // nx % ny, centre % nx
+        size = radius2[cz, cy, cx]
+        reach = int(np.sqrt(size))
+        for z in range(max(cz - reach, 0), min(cz + reach + 1, nz)):
+            for y in range(max(cy - reach, 0), min(cy + reach + 1, ny)):
+                rest = size - (z - cz) ** 2 - (y - cy) ** 2
+                if rest < 0:
+                    continue
+                half = int(np.sqrt(rest))
+                row, x = following[z, y], max(cx - half, 0)
+                while True:
+                    while row[x] != x:
+                        row[x] = row[row[x]]
+                        x = row[x]
+                    if x >= nx or x > cx + half:
+                        break
+                    painted[z, y, x] = size
+                    row[x] = row[x + 1]
+    return painted
+
+
+def _clean_surface(thickness: np.ndarray, surface: np.ndarray) -> np.ndarray:
+    """Give each surface voxel the mean of its face neighbours within the phase and off the surface, if any."""
+    inner = np.pad(np.where(surface, 0, thickness), 1)
+    total, count = np.zeros_like(inner), np.zeros(inner.shape, np.float32)
+    for axis in range(3):
+        for step in (-1, 1):
+            neighbour = np.roll(inner, step, axis)  # the padding is what wraps round
+            total, count = total + neighbour, count + (neighbour > 0)
+    mean = (total / np.maximum(count, 1))[1:-1, 1:-1, 1:-1]
+    return np.where(surface & (mean > 0), mean, thickness)
+
+
+def largest_balls(phase: np.ndarray, opposite: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Squared radius of each voxel's own ball and of the largest that covers it; neither phase may be empty."""
+    radius2 = np.where(phase, squared_distance(opposite), 0)
+    centres = _ridge(radius2, _covering_radius2(int(radius2.max())))
+    order = np.argsort(-radius2.ravel()[centres], kind="stable")
+    return radius2, _paint(radius2, centres[order])
+
+
+def diameters(radius2: np.ndarray, painted: np.ndarray, clean_up: bool = True) -> np.ndarray:
+    """Local thickness (float32, voxels) from what `largest_balls` gives."""
+    thickness = 2 * np.sqrt(painted, dtype=np.float32)
+    return _clean_surface(thickness, radius2 == 1) if clean_up else thickness
+
+
+def mean_thickness(phase: np.ndarray, opposite: np.ndarray) -> float:
+    """Mean local thickness of a phase bounded by `opposite`, in voxels; NaN where either is empty."""
+    if not phase.any() or not opposite.any():
+        return np.nan
+    return float(diameters(*largest_balls(phase, opposite))[phase].mean(dtype=float))
+
+
+def local_thickness(
+    mask: np.ndarray, spacing_mm: float | tuple, voi: np.ndarray | None = None, clean_up: bool = True
+) -> np.ndarray:
+    """Local thickness: at each voxel of the phase the diameter of the largest ball that fits and covers it.
+
+    thickness(x) = 2 max{ r(c) : |x - c| <= r(c) } over centres c in the phase, r(c) the distance to the nearest
+    voxel centre of the opposite phase. Exact: equal to this definition on every voxel (`clean_up=False`).
+
+    Parameters
+    ----------
+    mask : (z, y, x) bool or two-valued; the phase to measure. Pass ``~mask`` for spacing.
+    spacing_mm : isotropic voxel size, float or (z, y, x). Anisotropic voxels are refused, not resampled:
+        resampling a binary mask would decide its surface, which is the caller's decision.
+    voi : (z, y, x) bool, volume of interest. Edge rule: what lies outside it (or outside the array) is unknown,
+        neither phase; its border is no surface and holds no centre. A box `voi` thus equals cropping.
+    clean_up : surface voxels take the mean of their inner face neighbours, as BoneJ's last step does; the mean
+        then lies within 0.5 % of BoneJ's (without it 2.5 % below) on a human specimen of 7 voxels per strut.
+
+    Returns
+    -------
+    (z, y, x) float32, mm; 0 outside the phase.
+
+    Bias that stays, from voxels, at any thickness: about +0.5 voxel on plates, 0 on rods, -0.3 to -0.8 on spheres.
+
+    Raises
+    ------
+    InputFault : not 3D, one slice, NaN or grey values, anisotropic voxels, `voi` of another shape.
+
+    Source: Hildebrand and Rueegsegger, J Microsc 1997;185:67; balls held by a
+    neighbour's ball are left out and painted voxels skipped, which changes the time and not the result.
+    """
+    mask, voi, spacing = checked_mask(mask, spacing_mm, voi)
+    if not (mask & voi).any() or not (~mask & voi).any():
+        raise InputFault("mask", "one phase only in the volume of interest", "give bone and marrow")
+    return diameters(*largest_balls(mask & voi, ~mask & voi), clean_up) * np.float32(spacing)
+
+
+def checked_mask(
+    mask: np.ndarray, spacing_mm: float | tuple, voi: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """(mask, voi, voxel size in mm) as bool arrays of one shape and a float, or an InputFault."""
+    mask = np.asarray(mask)
+    if mask.ndim != 3 or min(mask.shape) < 2:
+        raise InputFault("mask", f"shape {mask.shape}", "give a 3D volume of at least two slices")
+    if mask.dtype != bool and not ((mask == 0) | (mask == mask.max())).all():
+        raise InputFault("mask", "more than two values, or NaN", "threshold it first")
+    spacing = np.asarray(spacing_mm, float)
+    if spacing.shape not in ((), (3,)) or not (spacing.min() > 0 and np.ptp(spacing) <= 0.01 * spacing.min()):
+        raise InputFault("spacing_mm", f"{spacing.tolist()}", "give isotropic voxels (within 1 %), in mm")
+    voi = np.ones(mask.shape, bool) if voi is None else np.asarray(voi) != 0
+    if voi.shape != mask.shape:
+        raise InputFault("voi", f"shape {voi.shape} beside mask {mask.shape}", "give one shape")
+    return mask != 0, voi, float(spacing.mean())

@@ -1,0 +1,98 @@
+"""Is this knee aligned? Checks that need no truth, and the error where the truth is known."""
+
+import numpy as np
+import SimpleITK as sitk
+from scipy import ndimage
+
+MARGIN_MM = 3.0  # the metric is checked on the bone and this far around it (our choice)
+SHIFT_MM = 2.0  # its value is compared with that of six such displacements (our choice)
+BINS = 32  # of the joint histogram (our choice)
+CORTEX_HU = 600.0  # on a 1 mm grid cortex lies above (our choice)
+MARROW_MM = 2.0  # marrow lies deeper in the bone than this (our choice)
+MIN_PEAK = 0.18  # simulated: aligned 0.24 and more, 1 mm off 0.15 and less, another knee below 0.1 (our choice)
+MIN_CONTRAST = 0.0  # cortex is never brighter than marrow in bSSFP; thin cortex leaves only 0.1 (our choice)
+MIN_OVERLAP = 0.4  # of the bone in CT; a cropped MR still shows 0.7 (our choice)
+MAX_FLEXION_DEG = 25.0  # a knee bends 0-15 degrees differently between scanners (our choice)
+
+
+def target_registration_error_mm(estimated: sitk.Transform, true: sitk.Transform, points_lps: np.ndarray) -> np.ndarray:
+    """Distance |estimated(p) - true(p)| in mm for CT-space points (n, 3) in LPS mm; returns (n,)."""
+    return np.linalg.norm(mapped(estimated, points_lps) - mapped(true, points_lps), axis=1)
+
+
+def mapped(transform: sitk.Transform, points_lps: np.ndarray) -> np.ndarray:
+    """CT-space points (n, 3) in LPS mm carried to MR space by any sitk transform; returns (n, 3) in LPS mm."""
+    return np.array([transform.TransformPoint(p) for p in np.asarray(points_lps, float).tolist()]).reshape(-1, 3)
+
+
+def flexion_deg(femur: sitk.Euler3DTransform, tibia: sitk.Euler3DTransform) -> float:
+    """Angle in degrees of the rotation between two bones' transforms: how much the knee bent between scans."""
+    between = np.reshape(femur.GetMatrix(), (3, 3)).T @ np.reshape(tibia.GetMatrix(), (3, 3))
+    return float(np.rad2deg(np.arccos(np.clip((np.trace(between) - 1) / 2, -1, 1))))
+
+
+def bone_checks(
+    ct: sitk.Image, mr: sitk.Image, depth_mm: sitk.Image, transform: sitk.Euler3DTransform
+) -> dict[str, float]:
+    """How well one bone fits, from the images alone (our choice).
+
+    Parameters
+    ----------
+    ct, mr : isotropic images of about 1 mm; depth_mm : signed distance to the bone's surface, inside positive.
+    transform : CT points to MR points.
+
+    Returns
+    -------
+    mi : mutual information in nats; peak : 1 - (highest MI displaced by +-2 mm in x, y or z) / MI, near 0 or below
+    when misaligned; contrast : 1 - median MR grey of cortex / of marrow; overlap : part of the bone inside the MR.
+    """
+    depth = sitk.GetArrayFromImage(sitk.Resample(depth_mm, ct, sitk.Transform(), sitk.sitkLinear, -1e3))
+    index = np.argwhere(depth > -MARGIN_MM)
+    depth, hu = depth[tuple(index.T)], sitk.GetArrayViewFromImage(ct)[tuple(index.T)]
+    points = index[:, ::-1] @ _axes(ct).T + ct.GetOrigin() - np.array(transform.GetCenter())
+    points = points @ np.reshape(transform.GetMatrix(), (3, 3)).T + transform.GetCenter() + transform.GetTranslation()
+    grey = _sampled(mr, points)
+    mi = mutual_information(hu, grey)
+    shifts = SHIFT_MM * np.concatenate([np.eye(3), -np.eye(3)])
+    peak = 1 - max(mutual_information(hu, _sampled(mr, points + s)) for s in shifts) / mi if mi else 0.0
+    cortex, marrow = (depth > 0) & (hu > CORTEX_HU), (depth > MARROW_MM) & (hu < CORTEX_HU)
+    contrast = 1 - _median(grey[cortex]) / _median(grey[marrow])
+    return {"mi": mi, "peak": peak, "contrast": contrast, "overlap": float(np.isfinite(grey[depth > 0]).mean())}
+
+
+def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
+    """Mutual information (nats) of paired values; 32 x 32 bins between the 1st and 99th percentile, NaN left out."""
+    seen = np.isfinite(a) & np.isfinite(b)
+    if seen.sum() < BINS**2:
+        return 0.0
+    codes = [np.digitize(v[seen], np.linspace(*np.percentile(v[seen], (1, 99)), BINS - 1)) for v in (a, b)]
+    p = np.bincount(codes[0] * BINS + codes[1], minlength=BINS**2).reshape(BINS, BINS) / seen.sum()
+    independent = np.outer(p.sum(1), p.sum(0))
+    return float((p[p > 0] * np.log(p[p > 0] / independent[p > 0])).sum())
+
+
+def reason_to_flag(checks: dict[str, dict[str, float]], bent_deg: float) -> str:
+    """One sentence why a knee must not be used, or "" (the limits are this module's constants)."""
+    for bone, c in checks.items():
+        if c["overlap"] < MIN_OVERLAP:
+            return f"the MR covers only {c['overlap']:.0%} of the CT's {bone}"
+        if c["peak"] < MIN_PEAK:
+            return f"the MR does not match the CT's {bone}: peak of mutual information {c['peak']:.2f} < {MIN_PEAK}"
+        if not c["contrast"] > MIN_CONTRAST:
+            return f"the MR is not darker in the {bone}'s cortex than in its marrow"
+    bent = f"femur and tibia bent by {bent_deg:.0f} degrees between CT and MR"
+    return bent if bent_deg > MAX_FLEXION_DEG else ""
+
+
+def _median(values: np.ndarray) -> float:
+    seen = values[np.isfinite(values)]
+    return float(np.median(seen)) if len(seen) else np.nan
+
+
+def _axes(image: sitk.Image) -> np.ndarray:
+    return np.reshape(image.GetDirection(), (3, 3)) * np.array(image.GetSpacing())
+
+
+def _sampled(image: sitk.Image, points_lps: np.ndarray) -> np.ndarray:
+    index = np.linalg.solve(_axes(image), (points_lps - np.array(image.GetOrigin())).T)[::-1]
+    return ndimage.map_coordinates(sitk.GetArrayViewFromImage(image), index, order=1, cval=np.nan)
