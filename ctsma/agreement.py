@@ -104,6 +104,25 @@ def icc_table(
     return pd.DataFrame(rows)
 
 
+def icc_gains(
+    predictions: pd.DataFrame, reference: pd.DataFrame, pairs: Sequence, rng: Generator, n_resamples: int = 2000
+) -> pd.DataFrame:
+    """`bootstrap_icc_difference` of the mean ICC for each pair (arm, other arm) that is there, on all patches.
+
+    Frames as for `icc_table`. Returns arm, against, difference, ci_low, ci_high, p.
+    """
+    key, columns = ["knee_id", "patch_id"], list(BIOMARKERS)
+    known = {arm: rows.set_index(key)[columns] for arm, rows in predictions.groupby("arm", sort=False)}
+    index = next(iter(known.values())).index
+    target = reference.set_index(key).loc[index]
+    rows = []
+    for a, b in [(a, b) for a, b in pairs if a in known and b in known]:
+        both = known[a].loc[index], known[b].loc[index]
+        found = bootstrap_icc_difference(target[columns], *both, target["subject_id"], rng, n_resamples)
+        rows.append({"arm": a, "against": b} | found)
+    return pd.DataFrame(rows)
+
+
 def nested(table: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
     """An `icc_table` by arm as {arm: {biomarker or "mean": {icc, ci_low, ci_high}}}, for a results file."""
     rows = table.set_index(["arm", "biomarker"])[["icc", "ci_low", "ci_high"]]

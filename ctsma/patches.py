@@ -82,6 +82,14 @@ def knee_truth(knee: dict, folder: Path, *, root: str, patches_folder: str) -> d
     return _write_truth(Path(patches_folder), Path(folder), knee, read_truth(root, knee["knee_id"]))
 
 
+def true_slice(truth: Truth, row: dict, side: str, pixel_mm: float = 0.1) -> np.ndarray:
+    """The bone itself (bool, rows, columns) in the middle plane of a patch of the table; only for QA and teaching."""
+    size = round(HEIGHT_MM / pixel_mm)
+    grid = patch_grid((row["x"], row["y"], row["z"]), side, (1, size, size), (pixel_mm,) * 3)
+    points = grid_points(grid).reshape(-1, 3)
+    return truth.microstructure(row["compartment"].split("_")[0], points).reshape(size, size)
+
+
 def centres(masks: sitk.Image, side: str, n_per_compartment: int, rng: np.random.Generator) -> pd.DataFrame:
     """Draw patch centres below the bearing surfaces, where femur and tibia face each other along z.
 

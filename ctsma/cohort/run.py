@@ -59,14 +59,13 @@ class Run:
         manifest = self.manifest()
         return read_splits(splits_path(manifest.attrs["path"]), manifest)
 
-    def save_figure(self, figure, name: str, data: pd.DataFrame | None = None) -> Path:
-        """Save a figure as PNG (200 dpi) and SVG without date, with the CSV behind it; returns the PNG's path."""
+    def save_figure(self, figure, name: str, data: pd.DataFrame | None = None) -> None:
+        """Save a figure as PNG (200 dpi) and SVG without date, with the CSV behind it."""
         stem = self.folder("figures") / name
         figure.savefig(stem.with_suffix(".png"), dpi=200, bbox_inches="tight")
         figure.savefig(stem.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
         if data is not None:
             data.to_csv(stem.with_suffix(".csv"), index=False)
-        return stem.with_suffix(".png")
 
     def write_results(self, stage: str, numbers: dict, **header) -> Path:
         """Write results/<stage>.json; protocol and manifest hashes come from cohort.json once it is there."""

@@ -13,11 +13,12 @@ import SimpleITK as sitk
 from ctsma.cohort import BONES, InputFault, read_knee_volume, write_json, write_volume
 
 from .masks import bone_masks, isotropic
-from .quality import flexion_deg, mapped, target_registration_error_mm
+from .quality import bone_checks, flexion_deg, mapped, target_registration_error_mm
 from .stages import Registration, register_knee, rigid, starting_transforms
 
 __all__ = [
     "Registration",
+    "bone_checks",
     "bone_masks",
     "flexion_deg",
     "isotropic",
@@ -37,7 +38,7 @@ def register_pair(knee: dict, folder: Path, *, root: str | Path, seed: int) -> d
     """Register the MR of a manifest row, and its rescan where it has one, with its CT (for `map_knees`).
 
     Writes `<knee>_mask.nii.gz` and what `write_registration` writes, the rescan under `<knee>_rescan`.
-    Returns a flat row: flagged, flexion_deg, per bone quality, overlap, contrast, mi; `rescan_...` alike; cpu_seconds.
+    Returns a flat row: flagged, flexion_deg, per bone mi, peak, off_mm, contrast, overlap (see `bone_checks`); `rescan_...` alike; cpu_seconds.
     """
     tic = time.process_time()
     ct = read_knee_volume(knee, "ct", root)

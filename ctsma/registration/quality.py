@@ -7,10 +7,11 @@ from scipy import ndimage
 MARGIN_MM = 3.0  # the metric is checked on the bone and this far around it (our choice)
 SHIFT_MM = 2.0  # its value is compared with that of six such displacements (our choice)
 BINS = 32  # of the joint histogram (our choice)
-CORTEX_HU = 600.0  # on a 1 mm grid cortex lies above (our choice)
+CORTEX_SHARE = 0.05  # cortex: the densest part of a bone on a 1 mm grid, marrow: its less dense half (our choice)
 MARROW_MM = 2.0  # marrow lies deeper in the bone than this (our choice)
-MIN_PEAK = 0.18  # simulated: aligned 0.24 and more, 1 mm off 0.15 and less, another knee below 0.1 (our choice)
-MIN_CONTRAST = 0.0  # cortex is never brighter than marrow in bSSFP; thin cortex leaves only 0.1 (our choice)
+MIN_PEAK = 0.11  # simulated: aligned 0.13 to 0.41, the MR of another or a mirrored knee below 0.10 (our choice)
+MAX_OFF_MM = 0.55  # simulated: aligned up to 0.40, moved by 1 mm mostly 0.6 and more (our choice)
+MIN_CONTRAST = 0.0  # in bSSFP cortex is never brighter than marrow; aligned knees show 0.14 and more (our choice)
 MIN_OVERLAP = 0.4  # of the bone in CT; a cropped MR still shows 0.7 (our choice)
 MAX_FLEXION_DEG = 25.0  # a knee bends 0-15 degrees differently between scanners (our choice)
 
@@ -44,7 +45,8 @@ def bone_checks(
     Returns
     -------
     mi : mutual information in nats; peak : 1 - (highest MI displaced by +-2 mm in x, y or z) / MI, near 0 or below
-    when misaligned; contrast : 1 - median MR grey of cortex / of marrow; overlap : part of the bone inside the MR.
+    when misaligned; off_mm : distance to the top of the parabolas through those values, a guess of the residual shift;
+    contrast : 1 - median MR grey of cortex / of marrow; overlap : part of the bone inside the MR.
     """
     depth = sitk.GetArrayFromImage(sitk.Resample(depth_mm, ct, sitk.Transform(), sitk.sitkLinear, -1e3))
     index = np.argwhere(depth > -MARGIN_MM)
@@ -54,10 +56,20 @@ def bone_checks(
     grey = _sampled(mr, points)
     mi = mutual_information(hu, grey)
     shifts = SHIFT_MM * np.concatenate([np.eye(3), -np.eye(3)])
-    peak = 1 - max(mutual_information(hu, _sampled(mr, points + s)) for s in shifts) / mi if mi else 0.0
-    cortex, marrow = (depth > 0) & (hu > CORTEX_HU), (depth > MARROW_MM) & (hu < CORTEX_HU)
+    around = np.array([mutual_information(hu, _sampled(mr, points + s)) for s in shifts])
+    peak = 1 - around.max() / mi if mi else 0.0
+    rise, bend = around[:3] - around[3:], np.maximum(2 * mi - around[:3] - around[3:], 1e-6)
+    off_mm = float(np.linalg.norm(SHIFT_MM * rise / (2 * bend)))
+    middling, dense = np.quantile(hu[depth > 0], (0.5, 1 - CORTEX_SHARE))
+    cortex, marrow = (depth > 0) & (hu > dense), (depth > MARROW_MM) & (hu < middling)
     contrast = 1 - _median(grey[cortex]) / _median(grey[marrow])
-    return {"mi": mi, "peak": peak, "contrast": contrast, "overlap": float(np.isfinite(grey[depth > 0]).mean())}
+    return {
+        "mi": mi,
+        "peak": float(peak),
+        "off_mm": off_mm,
+        "contrast": contrast,
+        "overlap": float(np.isfinite(grey[depth > 0]).mean()),
+    }
 
 
 def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
@@ -78,6 +90,8 @@ def reason_to_flag(checks: dict[str, dict[str, float]], bent_deg: float) -> str:
             return f"the MR covers only {c['overlap']:.0%} of the CT's {bone}"
         if c["peak"] < MIN_PEAK:
             return f"the MR does not match the CT's {bone}: peak of mutual information {c['peak']:.2f} < {MIN_PEAK}"
+        if c["off_mm"] > MAX_OFF_MM:
+            return f"the MR seems {c['off_mm']:.1f} mm off the CT's {bone}"
         if not c["contrast"] > MIN_CONTRAST:
             return f"the MR is not darker in the {bone}'s cortex than in its marrow"
     bent = f"femur and tibia bent by {bent_deg:.0f} degrees between CT and MR"

@@ -44,7 +44,7 @@ class Template:
 
 
 @njit(cache=True)
-def sample_grid(grid, origin, spacing, points):
+def sample_grid(grid, origin, spacing, points) -> np.ndarray:
     """Trilinear values (n, channels) of grid (z, y, x, channels) at points (n, 3) xyz mm, clamped at the faces."""
     out = np.empty((len(points), grid.shape[3]), np.float32)
     for n in range(len(points)):

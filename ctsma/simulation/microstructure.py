@@ -59,7 +59,7 @@ def smooth_field(rng: np.random.Generator, shape: tuple, length: float) -> np.nd
 
 
 @njit(cache=True, fastmath=True, inline="always")
-def field_at(tile, x, y, z, cos, sin):
+def field_at(tile, x, y, z, cos, sin) -> float:
     """cos * fine + sin * coarse at non-negative tile voxel coordinates, trilinear and periodic."""
     i, j, k = int(x), int(y), int(z)
     x, y, z = x - np.float32(i), y - np.float32(j), z - np.float32(k)
@@ -78,7 +78,7 @@ def field_at(tile, x, y, z, cos, sin):
 
 
 @njit(cache=True, fastmath=True)
-def bone_fraction(tile, x, y, z, offsets, soft, c, w, theta):
+def bone_fraction(tile, x, y, z, offsets, soft, c, w, theta) -> np.ndarray:
     """Bone volume fraction of a footprint: mean over sub-samples of the level set, each with a soft edge.
 
     (x, y, z): footprint centre in non-negative tile voxels; offsets (n, 3): sub-samples relative to it;
@@ -103,7 +103,7 @@ def sub_samples(matrix: np.ndarray, steps: tuple[int, int, int]) -> tuple[np.nda
 
 
 @njit(cache=True)
-def is_bone(tile, points, c, w, theta):
+def is_bone(tile, points, c, w, theta) -> np.ndarray:
     """The exact level set at points (n, 3) in non-negative tile voxels; c, w, theta (n,). Returns bool (n,)."""
     result = np.empty(len(points), np.bool_)
     for n in range(len(points)):

@@ -163,7 +163,7 @@ def _fraction(distance, edge):
 
 
 @njit(cache=True, fastmath=True)
-def paint(coarse, ratio, tile, maps, dense, sparse, soft, water, fat, phase, edge, widening, image, labels):
+def paint(coarse, ratio, tile, maps, dense, sparse, soft, water, fat, phase, edge, widening, image, labels) -> None:
     """Paint an image (k, j, i) from coarse channels, the microstructure tile and tissue signals.
 
     ratio: coarse voxels per image voxel (k, j, i). maps (2 bones, 3, 4): index (i, j, k) to tile voxels. dense,
@@ -324,7 +324,7 @@ def scan_mr(subject: Subject, poses: dict, grid: Grid, mr: dict, rng: np.random.
     phase, widening = mr["fat_phase"].draw(rng), mr["susceptibility"].draw(rng)
     bias, shift = _smooth_gain(rng, 0.5), _smooth_gain(rng, 1.0)
 
-    def gain(shape):
+    def gain(shape) -> np.ndarray:
         coil = 1 + mr["bias"].value * np.tanh(bias(shape))
         return scale * coil * (1 - band * np.cos(1.5 * shift(shape)) ** 8)
 

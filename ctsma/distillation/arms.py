@@ -1,0 +1,169 @@
+"""Arms: every way of estimating the biomarkers, on the same folds, patches and budget; out-of-fold predictions."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from ctsma.biomarkers import bone_volume_fraction
+from ctsma.cohort import BIOMARKERS, InputFault, content_key, source_sha256
+from ctsma.cohort.provenance import versions
+from ctsma.patches import MR_SPACING_MM, Patches
+
+from .baseline import ct_features, hu_regression
+from .checkpoints import load_model, save_model
+from .training import Examples, Fold, Settings, fold_of, predict, relative_mr, train
+
+RIDGE, TEACHER = "hu_regression", "mr_teacher"
+
+
+def recipes_of(arm: str, settings: Settings) -> list[dict[str, float]]:
+    """Recipes (term -> weight, see `TERMS`) that an arm tries; the one of least validation error is kept."""
+    sma = [{"feature_l1": gamma} for gamma in settings.gammas]
+    known = {RIDGE: [], TEACHER: [{}], "ct_only": [{}], "ct_sma": sma, "ct_sma_plus": [settings.plus]}
+    known |= {name: [recipe] for name, recipe in settings.ablations.items()}
+    if arm not in known:
+        raise InputFault("arms", f"hold {arm!r}", f"choose among {', '.join(known)}")
+    return known[arm]
+
+
+def cross_validate(
+    patches: Patches,
+    splits: pd.DataFrame,
+    arms: Sequence[str],
+    settings: Settings | Mapping,
+    seed: int,
+    folder: str | Path,
+    n_jobs: int = 1,
+    report: Callable[[str], None] | None = None,
+) -> pd.DataFrame:
+    """Train and predict every arm in every fold; each patch is predicted by a model that never saw its subject.
+
+    Parameters
+    ----------
+    patches : usable patches with their MR reference biomarkers.
+    splits : subject_id, fold.
+    arms : hu_regression, mr_teacher, ct_only, ct_sma, ct_sma_plus, or names of `settings.ablations`.
+    settings : `Settings`, or a mapping of its fields.
+    seed : of initial weights, batches, augmentation and validation subjects.
+    folder : of the models `<arm>_fold<k>_seed<s>`; one made by the same code, data, split and settings is reused.
+    n_jobs : processes of one thread each, over (arm, fold).
+    report : called with one line per finished (arm, fold).
+
+    Returns
+    -------
+    DataFrame: arm, fold, seed, knee_id, subject_id, patch_id and the four biomarkers, predicted.
+    Raises InputFault: NaN in patches, subject without fold, fold without variance or with too few subjects.
+    """
+    settings = _checked(settings, patches, splits)
+    recipes = [recipe for arm in arms for recipe in recipes_of(arm, settings)]
+    examples = prepare(patches, detail=any("detail" in recipe for recipe in recipes))
+    run = partial(_arm_in_fold, examples, splits, settings, seed, Path(folder), _data_key(examples, splits))
+    students = [arm for arm in arms if _needs_teacher(recipes_of(arm, settings))]
+    first = [arm for arm in arms if arm not in students and arm != TEACHER]
+    if students or TEACHER in arms:
+        first.insert(0, TEACHER)
+    found = []
+    for wave in (first, students):  # a student waits for its fold's teacher
+        tasks = [joblib.delayed(run)(arm, int(fold)) for arm in wave for fold in sorted(splits["fold"].unique())]
+        with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
+            for predictions in joblib.Parallel(return_as="generator")(tasks):
+                found.append(predictions)
+                if report:
+                    report("{}, fold {}: done".format(*predictions[["arm", "fold"]].iloc[0]))
+    return pd.concat([f for arm in arms for f in found if f["arm"].iloc[0] == arm], ignore_index=True)
+
+
+def prepare(patches: Patches, detail: bool) -> Examples:
+    """What every fold shares: MR over its bright marrow, and its bone volume fraction where `detail` is learned."""
+    mr, region, fraction = patches.mr.astype(np.float32), patches.voi.astype(bool), None
+    if detail:
+        fraction = np.nan_to_num(bone_volume_fraction(mr, region, MR_SPACING_MM)).astype(np.float16)
+    targets, ct = patches.table[list(BIOMARKERS)].to_numpy(float), patches.ct.astype(np.float32)
+    return Examples(patches.table, targets, ct, relative_mr(mr, region), region, fraction)
+
+
+def _arm_in_fold(
+    examples: Examples, splits: pd.DataFrame, settings: Settings, seed: int, folder: Path, key: str, arm: str, fold: int
+) -> pd.DataFrame:
+    torch.set_num_threads(1)  # a fold is a process: threads would only contend, and change the last bits
+    parts = fold_of(examples, splits, fold, seed, settings)
+    if arm == RIDGE:
+        predicted = _ridge(examples, parts)
+    else:
+        model, record = _trained(examples, parts, settings, seed, folder, key, arm)
+        predicted = predict(model, record["role"], examples, parts.test, record["scale"], settings)
+    rows = examples.table.iloc[parts.test][["knee_id", "subject_id", "patch_id"]].reset_index(drop=True)
+    rows[list(BIOMARKERS)] = predicted
+    return pd.concat([pd.DataFrame({"arm": arm, "fold": fold, "seed": seed}, index=rows.index), rows], axis=1)
+
+
+def _ridge(examples: Examples, fold: Fold) -> np.ndarray:
+    training = np.concatenate([fold.fit, fold.validation])
+    features = ct_features(examples.ct, examples.voi)
+    subjects = examples.table["subject_id"].to_numpy(str)[training]
+    return hu_regression(features[training], examples.targets[training], subjects, features[fold.test])
+
+
+def _trained(
+    examples: Examples, fold: Fold, settings: Settings, seed: int, folder: Path, key: str, arm: str
+) -> tuple[nn.Module, dict]:
+    """The arm's model and record: read where the same was trained before, else trained, chosen and written."""
+    recipes, stem = recipes_of(arm, settings), folder / f"{arm}_fold{fold.number}_seed{seed}"
+    choices = settings.model_dump(exclude={"gammas", "plus", "ablations"})  # the recipes say what these say
+    key = content_key(key, arm, recipes, fold.number, seed, choices)
+    try:
+        return load_model(stem, {"key": key})
+    except InputFault:  # none there, or another one: train
+        pass
+    teacher, role = None, "teacher" if arm == TEACHER else "student"
+    if _needs_teacher(recipes):
+        teacher = load_model(folder / f"{TEACHER}_fold{fold.number}_seed{seed}")[0].requires_grad_(False)
+    trials = [train(role, recipe, teacher, examples, fold, seed, settings) for recipe in recipes]
+    errors = [curves["validation_mse"].min() for _, curves in trials]
+    best = int(np.argmin(errors))
+    subjects = examples.table["subject_id"].to_numpy(str)
+    record = {"key": key, "arm": arm, "role": role, "fold": fold.number, "seed": seed, "recipe": recipes[best]}
+    record |= {"subjects": {p: np.unique(subjects[getattr(fold, p)]).tolist() for p in ("fit", "validation", "test")}}
+    record |= {"scale": fold.scale, "validation_mse": errors, "settings": settings.model_dump()}
+    record |= {"protocol_sha256": settings.protocol_sha256, "packages": versions()}
+    save_model(stem, *trials[best], record)
+    return load_model(stem)
+
+
+def _needs_teacher(recipes: list[dict[str, float]]) -> bool:
+    return any(weight and term != "detail" for recipe in recipes for term, weight in recipe.items())
+
+
+def _data_key(examples: Examples, splits: pd.DataFrame) -> str:
+    arrays = examples.targets, examples.ct, examples.mr, examples.voi
+    digests = [hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for array in arrays]
+    folds = splits[["subject_id", "fold"]].sort_values("subject_id").to_numpy().tolist()
+    return content_key(digests, folds, source_sha256("ctsma.distillation"))
+
+
+def _checked(settings: Settings | Mapping, patches: Patches, splits: pd.DataFrame) -> Settings:
+    try:
+        settings = settings if isinstance(settings, Settings) else Settings(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["settings", *map(str, first["loc"])])
+        raise InputFault(where, first["msg"].lower(), "choose a value that Settings allows") from error
+    subjects, n_folds = set(patches.table["subject_id"]), splits["fold"].nunique()
+    if missing := sorted(subjects - set(splits["subject_id"])):
+        raise InputFault("splits", f"have no fold for subject {', '.join(missing[:3])}", "make the splits again")
+    if n_folds > len(subjects):
+        raise InputFault("splits", f"have {n_folds} folds for {len(subjects)} subjects", "use fewer folds")
+    arrays = {"mr": patches.mr, "ct": patches.ct, "reference": patches.table[list(BIOMARKERS)].to_numpy(float)}
+    for name, values in arrays.items():
+        if len(bad := np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(1))):
+            where = "patch {1} of knee {0}".format(*patches.table.iloc[bad[0]][["knee_id", "patch_id"]])
+            raise InputFault(where, f"has a value that is not finite in {name}", "leave flagged patches out")
+    return settings

@@ -1,0 +1,198 @@
+"""Training: one fold's data and the loop. All randomness comes from generators made of the seed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy import ndarray
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ctsma.cohort import BIOMARKERS, InputFault
+from ctsma.networks import WIDTHS, build, build_detail_head
+
+from .losses import Lesson, distillation_loss
+
+HU_RANGE = (-300.0, 1500.0)  # nothing in a patch of bone and joint lies outside (our choice)
+GAIN_SD, SHIFT_HU, NOISE_HU, BLUR = 0.01, 5.0, 10.0, 0.3  # between scanners: calibration, dose, kernel (our choice)
+EMA_EPOCHS = 2.0  # memory of the running average of weights, so that the best epoch is not luck (our choice)
+
+
+class Settings(BaseModel):
+    """Choices of a training run, ours where the published study is silent; unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: str = "compact"
+    widths: tuple[int, int, int] = WIDTHS
+    epochs: int = Field(16, ge=1)
+    batch_size: int = Field(32, ge=2)
+    learning_rate: float = Field(3e-3, gt=0)
+    weight_decay: float = Field(1e-2, ge=0)
+    validation_share: float = Field(0.15, gt=0, lt=0.5)  # of the training fold's subjects
+    gammas: tuple[float, ...] = (0.1,)  # of ct_sma; of several the best on validation subjects is kept
+    plus: dict[str, float] = {"local_evidence": 1.0, "detail": 0.1}  # recipe of ct_sma_plus
+    ablations: dict[str, dict[str, float]] = {}  # further arms: name -> recipe
+    augment: bool = True  # flips for every network, CT physics for every CT network
+    device: str = "cpu"
+    precision: str = Field("auto", pattern="^(auto|float32|bfloat16)$")
+    protocol_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Arrays aligned with the rows of `table`; nothing here depends on the fold."""
+
+    table: pd.DataFrame
+    targets: ndarray  # (n, 4) MR reference biomarkers
+    ct: ndarray  # (n, 12, 24, 24) HU
+    mr: ndarray  # (n, 12, 48, 48) over its bright marrow
+    voi: ndarray  # (n, 12, 48, 48) bool
+    bone_fraction: ndarray | None  # (n, 12, 48, 48), where a recipe asks for detail
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Rows of one fold by subject, and the scales of its fitting rows alone."""
+
+    number: int
+    fit: ndarray
+    validation: ndarray
+    test: ndarray
+    scale: dict[str, list[float]]  # ct and mr: mean, SD; low and high: range of each target
+
+
+def relative_mr(mr: ndarray, voi: ndarray) -> ndarray:
+    """MR (n, ...) over its 95th percentile in the region, bright marrow, as MR has no unit. Our choice; float16."""
+    marrow = [np.percentile(m[v] if v.any() else m, 95) for m, v in zip(mr, voi, strict=True)]
+    return (mr / np.maximum(marrow, 1e-6)[:, None, None, None]).astype(np.float16)
+
+
+def fold_of(examples: Examples, splits: pd.DataFrame, number: int, seed: int, settings: Settings) -> Fold:
+    """Divide rows by subject into fit, validation and test. InputFault: too few subjects, a biomarker all equal."""
+    subjects = examples.table["subject_id"].to_numpy(str)
+    folds = splits.set_index("subject_id")["fold"].loc[np.unique(subjects)]
+    training = np.random.default_rng([seed, number]).permutation(folds.index[folds != number].to_numpy(str))
+    held_out = max(1, round(settings.validation_share * len(training)))
+    if not held_out < len(training) < len(folds):
+        raise InputFault(f"fold {number}", "has too few subjects to train, validate and test", "use fewer folds")
+    parts = training[held_out:], training[:held_out], folds.index[folds == number].to_numpy(str)
+    rows = [np.flatnonzero(np.isin(subjects, part)) for part in parts]
+    return Fold(number, *rows, _scale(examples, rows[0], number))
+
+
+def _scale(examples: Examples, fit: ndarray, number: int) -> dict[str, list[float]]:
+    low, high = examples.targets[fit].min(0), examples.targets[fit].max(0)
+    if flat := [name for name, width in zip(BIOMARKERS, high - low, strict=True) if not width > 0]:
+        raise InputFault(f"fold {number}", f"has no variance of {', '.join(flat)}", "use more knees or fewer folds")
+    images = {name: getattr(examples, name)[fit].astype(np.float32) for name in ("ct", "mr")}
+    scale = {name: [float(v.mean(dtype=float)), float(v.std(dtype=float))] for name, v in images.items()}
+    return scale | {"low": low.tolist(), "high": high.tolist()}
+
+
+def batch_of(
+    examples: Examples, rows: ndarray, scale: dict, device: str, rng: np.random.Generator | None = None
+) -> dict[str, Tensor]:
+    """`student` and `teacher` inputs (B, 2, ...), `target` (B, 4) in 0..1, `bone_fraction`; with rng augmented.
+
+    CT and MR are flipped alike, along slices and columns, never rows: depth below the joint has a direction.
+    """
+    flips = [] if rng is None else [axis for axis in (1, 3) if rng.random() < 0.5]
+    names = [name for name in ("ct", "mr", "voi", "bone_fraction") if getattr(examples, name) is not None]
+    read = {n: torch.from_numpy(getattr(examples, n)[rows].astype(np.float32)).flip(flips) for n in names}
+    hu = (read["ct"] if rng is None else augment_ct(read["ct"], rng)).clamp(*HU_RANGE)
+    ct, mr = ((image - scale[n][0]) / scale[n][1] for n, image in (("ct", hu), ("mr", read["mr"])))
+    low, high = np.array(scale["low"]), np.array(scale["high"])
+    target = torch.from_numpy(((examples.targets[rows] - low) / (high - low)).astype(np.float32))
+    batch = {"student": torch.stack([ct, functional.avg_pool2d(read["voi"], 2)], 1), "target": target}
+    batch |= {"teacher": torch.stack([mr, read["voi"]], 1)} | {n: read[n] for n in names if n == "bone_fraction"}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def augment_ct(hu: Tensor, rng: np.random.Generator) -> Tensor:
+    """Another scanner's CT of the same bone, one draw a patch: gain, shift, in-plane blur by [1 2 1] / 4, noise."""
+    n = len(hu)
+    draws = rng.normal(1, GAIN_SD, n), rng.normal(0, SHIFT_HU, n), rng.uniform(0, BLUR, n), rng.uniform(0, NOISE_HU, n)
+    gain, shift, blur, noise = (torch.from_numpy(d.astype(np.float32)).view(-1, 1, 1, 1) for d in draws)
+    for axis in (2, 3):
+        hu = hu + blur * ((hu.roll(1, axis) + hu.roll(-1, axis) + 2 * hu) / 4 - hu)
+    return hu * gain + shift + noise * torch.from_numpy(rng.standard_normal(hu.shape, dtype=np.float32))
+
+
+def train(
+    role: str, recipe: dict, teacher: nn.Module | None, examples: Examples, fold: Fold, seed: int, settings: Settings
+) -> tuple[nn.Module, pd.DataFrame]:
+    """Train one network: MSE of the scaled biomarkers + the recipe's terms; AdamW, one cycle of the learning rate.
+
+    Returns the network with the averaged weights of the epoch of least validation MSE, and its curves: epoch,
+    fit_mse, fit_distillation, validation_mse. Arms of a fold and seed share initial weights, batches, augmentation.
+    """
+    generator = torch.Generator().manual_seed(seed * 1000 + fold.number)
+    rng = np.random.default_rng([seed, fold.number])
+    layout = {"device": settings.device, "memory_format": torch.channels_last_3d}
+    modules = nn.ModuleList([build(role, settings.size, generator, settings.widths).to(**layout)])
+    if recipe.get("detail"):
+        modules.append(build_detail_head(settings.size, generator, settings.widths).to(**layout))
+    optimizer = torch.optim.AdamW(modules.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    n_batches = max(1, round(len(fold.fit) / settings.batch_size))
+    decay = 1 - 1 / (1 + EMA_EPOCHS * n_batches)
+    average = AveragedModel(modules[0], multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    steps = settings.epochs * n_batches
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=steps)
+    curves, least, weights = [], np.inf, None
+    for epoch in range(settings.epochs):
+        modules.train()
+        losses = np.zeros(2)
+        for rows in np.array_split(rng.permutation(fold.fit), n_batches):
+            batch = batch_of(examples, rows, fold.scale, settings.device, rng if settings.augment else None)
+            with autocast(settings):
+                error, taught = _losses(modules, role, teacher, batch, recipe)
+            optimizer.zero_grad()
+            (error + taught).backward()
+            optimizer.step()
+            schedule.step()
+            average.update_parameters(modules[0])
+            losses += np.array([error.item(), taught.item()]) / n_batches
+        validation = _validation_mse(average.module, role, examples, fold, settings)
+        curves.append([epoch, *losses, validation])
+        if weights is None or validation < least:
+            least, weights = validation, {k: v.clone() for k, v in average.module.state_dict().items()}
+    modules[0].load_state_dict(weights)
+    return modules[0].eval(), pd.DataFrame(curves, columns=["epoch", "fit_mse", "fit_distillation", "validation_mse"])
+
+
+def _losses(modules: nn.ModuleList, role: str, teacher, batch: dict, recipe: dict) -> tuple[Tensor, Tensor]:
+    prediction, maps = modules[0](batch[role])
+    with torch.no_grad():
+        taught = teacher(batch["teacher"]) if teacher is not None else (None, None)
+    logits = modules[1](maps[0]) if len(modules) > 1 else None
+    extra = logits, batch.get("bone_fraction"), (modules[0].head, getattr(teacher, "head", None))
+    lesson = Lesson(prediction.float(), maps, *taught, batch["student"][:, 1:], *extra)
+    return functional.mse_loss(lesson.prediction, batch["target"]), distillation_loss(lesson, recipe)
+
+
+def predict(model: nn.Module, role: str, examples: Examples, rows: ndarray, scale: dict, settings: Settings) -> ndarray:
+    """Biomarkers (n, 4) in their own units for rows of `examples`."""
+    scaled = []
+    for part in np.array_split(rows, max(1, round(len(rows) / 64))):
+        with torch.no_grad(), autocast(settings):
+            scaled.append(model(batch_of(examples, part, scale, settings.device)[role])[0].double().cpu().numpy())
+    return np.array(scale["low"]) + np.concatenate(scaled) * np.subtract(scale["high"], scale["low"])
+
+
+def _validation_mse(model: nn.Module, role: str, examples: Examples, fold: Fold, settings: Settings) -> float:
+    error = predict(model.eval(), role, examples, fold.validation, fold.scale, settings)
+    error = (error - examples.targets[fold.validation]) / np.subtract(fold.scale["high"], fold.scale["low"])
+    return float((error**2).mean())
+
+
+def autocast(settings: Settings) -> torch.autocast:
+    """Precision of the networks: "auto" is bfloat16 only where the hardware computes in it (1.4 times faster)."""
+    device = settings.device.split(":")[0]
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = torch.cuda.is_bf16_supported() if device == "cuda" else able.get("avx512_bf16") or able.get("amx_bf16")
+    enabled = settings.precision == "bfloat16" or (settings.precision == "auto" and bool(fast))
+    return torch.autocast(device, torch.bfloat16, enabled=enabled)

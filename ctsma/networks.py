@@ -1,0 +1,135 @@
+"""Teacher (MR) and student (CT) networks whose feature maps meet on one grid, so that they can be compared.
+
+Arrays are (batch, channel, x slices, z, y) on the patch grid: MR 12 x 48 x 48, CT 12 x 24 x 24, the same volume.
+Channels are the normalised image and the bone mask (the trabecular region, 0 to 1).
+"""
+
+import torch
+from monai.networks.blocks import UnetResBlock
+from monai.networks.nets.resnet import ResNet
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ctsma.cohort import BIOMARKERS, InputFault
+
+ROLES = ("teacher", "student")
+WIDTHS = (16, 32, 64)  # channels of the three compact stages; our choice, by time and validation loss
+IN_PLANE = (1, 3, 3)  # as the early stages of slow_r50: slices 0.75 mm apart share little fine texture
+PAPER_EDGE = {"teacher": 64, "student": 16}  # voxels; published code (BFFE 60 and CT 15-16 resized)
+
+
+class Estimator(nn.Module):
+    """Stem, stages, head: an image and its mask in, four biomarkers and every stage's feature map out.
+
+    Parameters
+    ----------
+    stem : from the input to the grid on which teacher and student meet.
+    stages : shared design of teacher and student; stage i of both give maps of equal shape.
+    head : pooled features (B, C) -> (B, 4) logits.
+    edge : cubic grid in voxels to which the input is resized first; None keeps the patch grid.
+    masked : pool over the bone mask only (ours) or over the whole grid (published).
+    """
+
+    def __init__(self, stem: nn.Module, stages: list[nn.Module], head: nn.Module, edge: int | None, masked: bool):
+        super().__init__()
+        self.stem, self.stages, self.head = stem, nn.ModuleList(stages), head
+        self.edge, self.masked = edge, masked
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(B, 2, x, z, y) -> prediction (B, 4) in 0..1 on the min-max scale of the targets, [stage maps]."""
+        if self.edge:
+            x = functional.interpolate(x, size=(self.edge,) * 3, mode="trilinear")
+        features, maps = self.stem(x), []
+        for stage in self.stages:
+            features = stage(features)
+            maps.append(features)
+        pooled = masked_mean(features, x[:, 1:2]) if self.masked else features.mean((2, 3, 4))
+        return torch.sigmoid(self.head(pooled)), maps
+
+
+def masked_mean(features: Tensor, mask: Tensor) -> Tensor:
+    """Mean of features (B, C, ...) weighted by mask (B, 1, ...) averaged onto their grid: (B, C).
+
+    An empty mask gives the plain mean, so that no patch yields NaN.
+    """
+    weight = functional.adaptive_avg_pool3d(mask, features.shape[2:]) + 1e-3
+    return (features * weight).sum((2, 3, 4)) / weight.sum((2, 3, 4))
+
+
+def build(role: str, size: str, generator: torch.Generator, widths: tuple[int, ...] = WIDTHS) -> nn.Module:
+    """Make a network with weights drawn from `generator`: the same generator state gives the same bits.
+
+    Parameters
+    ----------
+    role : "teacher" takes (B, 2, 12, 48, 48) MR, "student" (B, 2, 12, 24, 24) CT.
+    size : "compact" (ours: 3 residual stages, about 0.3 M weights, minutes on a CPU) or "paper" (published: two
+        residual blocks or two transposed convolutions, then a 3D ResNet-50, 61 -> 4 -> sigmoid).
+    widths : channels of the compact stages.
+
+    Returns
+    -------
+    Module with forward(x) -> (prediction (B, 4), [feature maps]); teacher and student maps agree in shape.
+    """
+    if role not in ROLES:
+        raise InputFault("role", f"is {role!r}", f"choose one of {', '.join(ROLES)}")
+    makers = {"compact": lambda: _compact(role, widths), "paper": lambda: _paper(role)}
+    if size not in makers:
+        raise InputFault("size", f"is {size!r}", f"choose one of {', '.join(makers)}")
+    return _seeded(makers[size], generator)
+
+
+def build_detail_head(size: str, generator: torch.Generator, widths: tuple[int, ...] = WIDTHS) -> nn.Module:
+    """Super-resolution head: the student's first map (B, C, 12, 24, 24) -> logits (B, 4, 12, 24, 24).
+
+    The four channels are the 2 x 2 MR pixels under one CT pixel (sub-pixel convolution, Shi 2016), to be
+    compared with `unshuffle` of an MR map. It is dropped after training: use needs the student alone.
+    """
+    if size != "compact":
+        raise InputFault("detail head", f"does not fit the {size} network", "set its weight to 0")
+    return _seeded(lambda: _detail_head(widths[0]), generator)
+
+
+def unshuffle(fine: Tensor) -> Tensor:
+    """(B, 12, 48, 48) -> (B, 4, 12, 24, 24): the 2 x 2 pixels under each coarse pixel become channels."""
+    return functional.pixel_unshuffle(fine, 2).unflatten(1, (fine.shape[1], 4)).transpose(1, 2)
+
+
+def _seeded(make, generator: torch.Generator) -> nn.Module:
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def _detail_head(width: int) -> nn.Module:
+    return nn.Sequential(nn.Conv3d(width, width, IN_PLANE, padding=(0, 1, 1)), nn.ReLU(), nn.Conv3d(width, 4, 1))
+
+
+def _compact(role: str, widths: tuple[int, ...]) -> Estimator:
+    first, middle, last = widths
+    # Batch normalisation, unlike group or instance normalisation, keeps a patch's absolute level: HU carries BV/TV.
+    stem = [
+        nn.Conv3d(2, first, (1, 5, 5), (1, 2, 2), (0, 2, 2), bias=False)
+        if role == "teacher"
+        else nn.Conv3d(2, first, IN_PLANE, padding=(0, 1, 1), bias=False),
+        nn.BatchNorm3d(first),
+        nn.ReLU(),
+    ]
+    stages = [
+        UnetResBlock(3, first, first, IN_PLANE, 1, "batch"),
+        UnetResBlock(3, first, middle, IN_PLANE, (1, 2, 2), "batch"),
+        UnetResBlock(3, middle, last, 3, 2, "batch"),
+    ]
+    return Estimator(nn.Sequential(*stem), stages, nn.Linear(last, len(BIOMARKERS)), None, masked=True)
+
+
+def _paper(role: str) -> Estimator:
+    """Published layout. Differs from pytorchvideo's slow_r50: 3 x 3 x 3 kernels and stride along the slices too."""
+    backbone = ResNet("bottleneck", [3, 4, 6, 3], [64, 128, 256, 512], 3, 64, (1, 7, 7), (1, 2, 2), feed_forward=False)
+    enter = nn.Sequential(backbone.conv1, backbone.bn1, backbone.act, backbone.maxpool)
+    stages = [enter, backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4]
+    head = nn.Sequential(nn.Linear(2048, 61), nn.Linear(61, len(BIOMARKERS)))
+    blocks = [UnetResBlock(3, 2, 64, 3, 1, "batch"), UnetResBlock(3, 64, 64, 3, 1, "batch")]
+    rise = [nn.ConvTranspose3d(2, 64, 2, 2), nn.ReLU(), nn.ConvTranspose3d(64, 64, 2, 2), nn.ReLU()]
+    stem = nn.Sequential(*(blocks if role == "teacher" else rise))
+    return Estimator(stem, stages, head, PAPER_EDGE[role], masked=False)

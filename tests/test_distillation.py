@@ -1,0 +1,208 @@
+"""Distillation: losses in closed form, no leakage, resume, bit-identical runs, and that something is learned."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ctsma import distillation
+from ctsma.cohort import BIOMARKERS, InputFault
+from ctsma.distillation import Lesson, cross_validate, distillation_loss
+from ctsma.patches import Patches
+
+ARMS = ["hu_regression", "mr_teacher", "ct_only", "ct_sma", "ct_sma_plus"]
+TINY = {"epochs": 1, "widths": (4, 4, 8), "batch_size": 8, "precision": "float32"}
+
+
+def toy(n_subjects=8, each=3, seed=0):
+    """Stripes of drawn width and brightness: sharp in MR, averaged in CT; the biomarkers are their measures."""
+    rng = np.random.default_rng(seed)
+    share, period = rng.uniform(0.2, 0.6, (2, n_subjects * each))
+    y = np.arange(48)
+    bone = np.mod(y[None] / (6 + 10 * period[:, None]), 1) < share[:, None]
+    bone = np.broadcast_to(bone[:, None, None], (len(share), 12, 48, 48))
+    mr = 400 * (1 - bone) + rng.normal(60, 20, bone.shape)
+    hu = 900.0 * bone.reshape(-1, 12, 24, 2, 24, 2).mean((3, 5)) + rng.normal(0, 20, (len(share), 12, 24, 24))
+    width = 0.2 * (6 + 10 * period)
+    targets = dict(zip(BIOMARKERS, (share, share * width, (1 - share) * width, 1 / width), strict=True))
+    subjects = np.repeat([f"s{i}" for i in range(n_subjects)], each)
+    table = pd.DataFrame({"knee_id": subjects, "subject_id": subjects, "patch_id": np.tile(range(each), n_subjects)})
+    voi = np.ones(bone.shape, bool)
+    voi[:, :, :6] = False
+    return Patches(table.assign(**targets), mr.astype(np.float16), hu.astype(np.float16), voi)
+
+
+def splits_of(patches, n_folds=2):
+    subjects = pd.unique(patches.table["subject_id"])
+    return pd.DataFrame({"subject_id": subjects, "fold": np.arange(len(subjects)) % n_folds})
+
+
+@pytest.fixture(scope="module")
+def patches():
+    return toy()
+
+
+@pytest.fixture(scope="module")
+def trained(patches, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return folder, cross_validate(patches, splits_of(patches), ARMS, TINY, 3, folder)
+
+
+def lesson(maps, teacher_maps, **further):
+    zero = torch.zeros(2, 4)
+    return Lesson(zero, maps, zero, teacher_maps, torch.ones(2, 1, 12, 24, 24), **further)
+
+
+def random_maps(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand((2, c, 12, s, s), generator=generator) for c, s in ((3, 24), (4, 12))]
+
+
+def test_published_feature_loss_is_the_sum_of_mean_absolute_differences():
+    a = random_maps(0)
+    assert distillation_loss(lesson(a, a), {"feature_l1": 0.7}) == 0
+    shifted = [m + d for m, d in zip(a, (0.25, -0.5), strict=True)]
+    # 0.1 (0.25 + 0.5); float32 sums over 40000 values
+    assert distillation_loss(lesson(shifted, a), {"feature_l1": 0.1}).item() == pytest.approx(0.075, rel=1e-5)
+    assert distillation_loss(lesson(shifted, a), {}) == 0
+
+
+def test_correlation_and_relation_do_not_ask_for_the_teachers_scale():
+    a = random_maps(0)
+    scaled = [3 * m + 2 for m in a]
+    assert distillation_loss(lesson(scaled, a), {"feature_correlation": 1.0}).item() == pytest.approx(0, abs=1e-5)
+    assert distillation_loss(lesson(scaled, a), {"relation": 1.0}).item() == pytest.approx(0, abs=1e-5)
+    # independent maps: correlation 0, hence loss 1; 600 to 7000 values a channel leave a few hundredths
+    assert distillation_loss(lesson(random_maps(1), a), {"feature_correlation": 1.0}).item() == pytest.approx(
+        1, abs=0.1
+    )
+
+
+def test_detail_loss_is_the_entropy_where_nothing_is_known():
+    fraction, flat = torch.full((2, 12, 48, 48), 0.5), torch.zeros(2, 4, 12, 24, 24)
+    loss = distillation_loss(lesson([], [], detail_logits=flat, bone_fraction=fraction), {"detail": 1.0})
+    assert loss.item() == pytest.approx(np.log(2), rel=1e-6)
+
+
+def test_local_evidence_is_zero_for_equal_networks():
+    head, maps = torch.nn.Linear(4, 4), random_maps(0)
+    assert distillation_loss(lesson(maps, maps, heads=(head, head)), {"local_evidence": 1.0}).item() == 0
+
+
+def test_gamma_zero_is_ct_only(patches, tmp_path):
+    settings = TINY | {"gammas": (0.0,)}
+    found = cross_validate(patches, splits_of(patches), ["ct_only", "ct_sma"], settings, 0, tmp_path)
+    alone, taught = (found.loc[found["arm"] == arm, list(BIOMARKERS)].to_numpy() for arm in ("ct_only", "ct_sma"))
+    np.testing.assert_array_equal(alone, taught)
+
+
+def test_every_patch_is_predicted_once_an_arm_in_its_own_units(trained, patches):
+    _, found = trained
+    assert list(found["arm"].unique()) == ARMS
+    assert not found.duplicated(["arm", "knee_id", "patch_id"]).any()
+    assert len(found) == len(ARMS) * len(patches.table)
+    assert np.isfinite(found[list(BIOMARKERS)]).all(axis=None)
+
+
+def test_no_model_saw_the_subjects_that_it_predicts(trained):
+    folder, found = trained
+    for path in folder.glob("*.json"):
+        record = json.loads(path.read_text())
+        parts = [set(record["subjects"][part]) for part in ("fit", "validation", "test")]
+        assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+        rows = found[(found["arm"] == record["arm"]) & (found["fold"] == record["fold"])]
+        assert set(rows["subject_id"]) == parts[2]
+
+
+def test_scales_come_from_the_fitting_subjects_alone(trained, patches):
+    record = json.loads((trained[0] / "ct_only_fold0_seed3.json").read_text())
+    fit = patches.table["subject_id"].isin(record["subjects"]["fit"]).to_numpy()
+    targets = patches.table.loc[fit, list(BIOMARKERS)]
+    np.testing.assert_allclose(record["scale"]["low"], targets.min())
+    np.testing.assert_allclose(record["scale"]["high"], targets.max())
+    assert record["scale"]["ct"][0] == pytest.approx(patches.ct[fit].mean(dtype=float))
+
+
+def test_a_second_run_trains_nothing_and_a_fresh_one_gives_the_same_bits(trained, patches, tmp_path):
+    folder, found = trained
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    again = cross_validate(patches, splits_of(patches), ARMS, TINY, 3, folder)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    pd.testing.assert_frame_equal(found, again, check_exact=True)
+    fresh = cross_validate(patches, splits_of(patches), ARMS[1:3], TINY, 3, tmp_path)
+    known = found[found["arm"].isin(ARMS[1:3])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(known, fresh, check_exact=True)
+
+
+def test_other_settings_train_again(trained, patches, tmp_path):
+    cross_validate(patches, splits_of(patches), ["ct_only"], TINY, 3, tmp_path)
+    first = json.loads((tmp_path / "ct_only_fold0_seed3.json").read_text())["key"]
+    cross_validate(patches, splits_of(patches), ["ct_only"], TINY | {"weight_decay": 0.5}, 3, tmp_path)
+    assert json.loads((tmp_path / "ct_only_fold0_seed3.json").read_text())["key"] != first
+
+
+def test_a_model_of_another_protocol_is_refused(trained):
+    stem = trained[0] / "ct_only_fold0_seed3"
+    model, record = distillation.load_model(stem, {"protocol_sha256": ""})
+    assert record["role"] == "student"
+    assert not model.training
+    with pytest.raises(InputFault, match="another protocol_sha256"):
+        distillation.load_model(stem, {"protocol_sha256": "f" * 64})
+    with pytest.raises(InputFault, match="no trained model"):
+        distillation.load_model(trained[0] / "nothing")
+
+
+def test_networks_and_ridge_learn_what_stripes_show(tmp_path):
+    patches = toy(10, 5)
+    settings = TINY | {"epochs": 16, "widths": (4, 8, 8), "learning_rate": 0.01, "batch_size": 4}
+    found = cross_validate(
+        patches, splits_of(patches), ["hu_regression", "mr_teacher", "ct_only"], settings, 0, tmp_path
+    )
+    truth = patches.table[["knee_id", "patch_id", "bv_tv"]]
+    for arm, rows in found.groupby("arm"):
+        joined = rows.merge(truth, on=["knee_id", "patch_id"], suffixes=("", "_true"))
+        error = ((joined["bv_tv"] - joined["bv_tv_true"]) ** 2).mean()
+        assert error < 0.5 * truth["bv_tv"].var(), arm  # half of what the mean leaves: far from chance
+
+
+def test_ct_features_do_not_see_outside_the_region(patches):
+    changed = patches.ct.copy()
+    changed[:, :, :3] = 1000
+    wanted, found = (distillation.ct_features(ct[:4], patches.voi[:4]) for ct in (patches.ct, changed))
+    columns = np.isclose(wanted, found).all(0)
+    assert columns[:14].all()  # intensities and share; smoothing reaches over the edge
+    assert np.isfinite(distillation.ct_features(patches.ct[:2], np.zeros_like(patches.voi[:2]))).all()
+
+
+def test_augmentation_is_drawn_from_the_generator_alone():
+    hu = torch.full((3, 12, 24, 24), 400.0)
+    a, b = (distillation.augment_ct(hu, np.random.default_rng(5)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, distillation.augment_ct(hu, np.random.default_rng(6)))
+
+
+def faulty(patches, **changes):
+    return Patches(**({"table": patches.table, "mr": patches.mr, "ct": patches.ct, "voi": patches.voi} | changes))
+
+
+def test_bad_input_is_refused_with_a_sentence(patches, tmp_path):
+    holed = patches.ct.copy()
+    holed[4, 3, 2, 1] = np.nan
+    flat = patches.table.assign(bv_tv=0.3)
+    run = lambda p, s, settings=TINY, arms=("ct_only",): cross_validate(p, s, arms, settings, 0, tmp_path)  # noqa: E731
+    splits = splits_of(patches)
+    crowded = pd.concat([splits, splits.assign(subject_id="x", fold=range(8, 16))])
+    for fault, call in {
+        "not finite in ct": lambda: run(faulty(patches, ct=holed), splits),
+        "no variance of bv_tv": lambda: run(faulty(patches, table=flat), splits),
+        "no fold for subject": lambda: run(patches, splits.iloc[1:]),
+        "folds for 8 subjects": lambda: run(patches, crowded),
+        "too few subjects": lambda: run(patches, splits.assign(fold=[0] * 7 + [1])),
+        "hold 'ct_magic'": lambda: run(patches, splits, arms=("ct_magic",)),
+        "settings.epoch": lambda: run(patches, splits, {"epoch": 3}),
+        "unknown terms": lambda: run(patches, splits, TINY | {"plus": {"magic": 1.0}}, ("ct_sma_plus",)),
+    }.items():
+        with pytest.raises(InputFault, match=fault):
+            call()
