@@ -4,7 +4,7 @@ Convention, said once: numpy arrays are (z, y, x); physical points are (x, y, z)
 (+x to the patient's left, +y to the back, +z to the head), which is SimpleITK's physical space.
 """
 
-from .casework import map_knees
+from .casework import map_knees, recorded_seconds
 from .images import anatomical_plane, read_volume, write_volume
 from .manifest import check_data, image_path, read_knee_volume, read_manifest, table_one
 from .names import BIOMARKERS, BONES, COMPARTMENTS, InputFault
@@ -29,6 +29,7 @@ __all__ = [
     "read_manifest",
     "read_splits",
     "read_volume",
+    "recorded_seconds",
     "sha256_file",
     "source_sha256",
     "splits_path",

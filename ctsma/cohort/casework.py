@@ -58,6 +58,13 @@ def map_knees(
     return pd.DataFrame([done[row["knee_id"]] for row in rows]).drop(columns=["key", "files"], errors="ignore")
 
 
+def recorded_seconds(folder: str | Path) -> float | None:
+    """Mean seconds a knee of the records in a `map_knees` folder, whenever they were made; None without records."""
+    records = [file for file in Path(folder).glob("*.json") if "_" not in file.stem]  # ids hold no underscore
+    seconds = [json.loads(file.read_text())["seconds"] for file in records]
+    return sum(seconds) / len(seconds) if seconds else None
+
+
 def _key(function: Callable, row: dict, parameters: dict, after: Iterable[str | Path]) -> str:
     records = [Path(folder) / f"{row['knee_id']}.json" for folder in after]
     inputs = [json.loads(record.read_text())["key"] if record.exists() else None for record in records]

@@ -38,7 +38,8 @@ def register_pair(knee: dict, folder: Path, *, root: str | Path, seed: int) -> d
     """Register the MR of a manifest row, and its rescan where it has one, with its CT (for `map_knees`).
 
     Writes `<knee>_mask.nii.gz` and what `write_registration` writes, the rescan under `<knee>_rescan`.
-    Returns a flat row: flagged, flexion_deg, per bone mi, peak, off_mm, contrast, overlap (see `bone_checks`); `rescan_...` alike; cpu_seconds.
+    Returns a flat row: flagged, flexion_deg, cpu_seconds, `rescan_...` alike, and for each bone mi, peak, off_mm,
+    contrast, overlap (see `bone_checks`).
     """
     tic = time.process_time()
     ct = read_knee_volume(knee, "ct", root)

@@ -9,7 +9,9 @@ SHIFT_MM = 2.0  # its value is compared with that of six such displacements (our
 BINS = 32  # of the joint histogram (our choice)
 CORTEX_SHARE = 0.05  # cortex: the densest part of a bone on a 1 mm grid, marrow: its less dense half (our choice)
 MARROW_MM = 2.0  # marrow lies deeper in the bone than this (our choice)
-MIN_PEAK = 0.11  # simulated: aligned 0.13 to 0.41, the MR of another or a mirrored knee below 0.10 (our choice)
+MIN_PEAK = (
+    0.11  # simulated: aligned 0.13 to 0.41 but once 0.07; MR of another or a mirrored knee below 0.10 (our choice)
+)
 MAX_OFF_MM = 0.55  # simulated: aligned up to 0.40, moved by 1 mm mostly 0.6 and more (our choice)
 MIN_CONTRAST = 0.0  # in bSSFP cortex is never brighter than marrow; aligned knees show 0.14 and more (our choice)
 MIN_OVERLAP = 0.4  # of the bone in CT; a cropped MR still shows 0.7 (our choice)
@@ -59,7 +61,7 @@ def bone_checks(
     around = np.array([mutual_information(hu, _sampled(mr, points + s)) for s in shifts])
     peak = 1 - around.max() / mi if mi else 0.0
     rise, bend = around[:3] - around[3:], np.maximum(2 * mi - around[:3] - around[3:], 1e-6)
-    off_mm = float(np.linalg.norm(SHIFT_MM * rise / (2 * bend)))
+    off_mm = min(float(np.linalg.norm(SHIFT_MM * rise / (2 * bend))), 99.0)
     middling, dense = np.quantile(hu[depth > 0], (0.5, 1 - CORTEX_SHARE))
     cortex, marrow = (depth > 0) & (hu > dense), (depth > MARROW_MM) & (hu < middling)
     contrast = 1 - _median(grey[cortex]) / _median(grey[marrow])

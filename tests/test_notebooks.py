@@ -1,0 +1,130 @@
+"""The whole study on the tiny profile, by the command that users type; then the numbers the notebooks wrote."""
+
+import json
+import os
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from ctsma import report, study
+from ctsma.cohort import BIOMARKERS, BONES
+from ctsma.simulation import protocol_sha256
+
+HEADER = {
+    "schema_version",
+    "profile",
+    "seed",
+    "protocol_sha256",
+    "manifest_sha256",
+    "git_commit",
+    "packages",
+    "seconds",
+}
+CT_ARMS = ("hu_regression", "ct_only", "ct_sma", "ct_sma_plus")
+
+
+def ctsma(*arguments, cwd):
+    command = [sys.executable, "-m", "ctsma.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder of one finished tiny run, shared by the session."""
+    base = tmp_path_factory.mktemp("study")
+    done = ctsma("run", "--profile", "tiny", cwd=base)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return base / "runs" / "tiny"
+
+
+def results(run, stage):
+    return json.loads((run / "results" / f"{stage}.json").read_text())
+
+
+def test_every_notebook_ran_to_its_end(tiny):
+    for stage in study.stages():
+        notebook = nbformat.read(tiny / "notebooks" / f"{stage}.ipynb", as_version=4)
+        counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+        assert counts == list(range(1, len(counts) + 1)), stage
+        assert (tiny / "report" / f"{stage}.html").stat().st_size > 10_000
+    assert len(list((tiny / "figures").glob("*.png"))) >= 10
+
+
+def test_results_carry_their_origin(tiny):
+    for stage in ("cohort", "registration", "distillation", "agreement", "diagnosis"):
+        found = results(tiny, stage)
+        assert set(found) >= HEADER, stage
+        assert (found["profile"], found["seed"]) == ("tiny", 0)
+        assert found["protocol_sha256"] == protocol_sha256()
+
+
+def test_cohort_numbers(tiny):
+    found = results(tiny, "cohort")
+    assert found["n_knees"] == 8
+    assert found["n_faulty_images"] == 0
+    calibration = found["calibration"]
+    assert set(calibration["hu_r2"]) == set(BIOMARKERS)
+    assert all(
+        -1 <= calibration["mr_rescan_icc"][b] <= 1 and calibration["mr_rescan_cv_pct"][b] > 0 for b in BIOMARKERS
+    )
+    assert 0 <= calibration["auc_mr_reference"] <= 1
+
+
+def test_registration_numbers(tiny):
+    found = results(tiny, "registration")
+    for bone in BONES:
+        tre = found["tre_mm"][bone]
+        assert 0 < tre["median"] <= tre["p95"] <= tre["max"]
+        # one transform for the whole knee cannot follow a flexion that differs: each bone apart must be closer
+        assert tre["median"] < found["stages"]["whole_knee"]["tre_mm"][bone]["median"]
+    assert found["tre_mm"]["femur"]["median"] < 0.5  # mm; a small field of view, yet below a CT voxel
+    assert 0 <= found["success_rate"] <= 1
+
+
+def test_agreement_numbers(tiny):
+    found = results(tiny, "agreement")
+    for arm in (*CT_ARMS, "mr_teacher"):
+        for name in (*BIOMARKERS, "mean"):
+            value = found["icc"][arm][name]
+            assert -1 <= value["ci_low"] <= value["icc"] <= value["ci_high"] <= 1, (arm, name)
+    assert set(found["ceiling"]) == set(BIOMARKERS)
+    assert "mr_reference" in found["icc_truth"]
+
+
+def test_diagnosis_numbers(tiny):
+    found = results(tiny, "diagnosis")
+    for arm in (*CT_ARMS, "mr_teacher", "mr_reference"):
+        value = found["auc"][arm]
+        assert 0 <= value["ci_low"] <= value["auc"] <= value["ci_high"] <= 1
+    assert 0 <= found["delong"]["ct_sma_vs_ct_only"]["p"] <= 1
+    assert 0 <= found["control"]["permuted_labels"]["auc"] <= 1
+
+
+def test_a_second_run_has_nothing_to_do(tiny):
+    before = {file: file.stat().st_mtime_ns for file in (tiny / "results").iterdir()}
+    again = ctsma("run", "--profile", "tiny", cwd=tiny.parents[1])
+    assert again.returncode == 0
+    assert again.stdout.count("unchanged, skipped") == len(study.stages())
+    assert before == {file: file.stat().st_mtime_ns for file in (tiny / "results").iterdir()}
+
+
+def test_the_results_table_comes_from_the_results_files(tiny, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n")
+    report.update_readme(readme, tiny / "results")
+    text = readme.read_text()
+    auc = results(tiny, "diagnosis")["auc"]["ct_sma"]["auc"]
+    assert f"| AUC for OA, CT network, distilled (CT-SMA) | 0.883 | {auc:.3f} (" in text
+    assert "old" not in text
+    assert text.startswith("before")
+    assert text.endswith("after\n")
+
+
+def test_parameter_defaults_are_the_quick_profile():
+    assert study.profiles()["quick"]["parameters"] == {}
+    for name, profile in study.profiles().items():
+        known = {p for stage in study.stages() for p in study.declared(stage)}
+        assert set(profile["parameters"]) <= known, name
+        assert set(profile["minutes"]) == set(study.stages()), name
