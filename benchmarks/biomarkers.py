@@ -220,9 +220,7 @@ def compare_definitions(n_patches: int, specimen: Path | None) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--specimen", type=Path, help="micro-CT mask, NIfTI")
-    parser.add_argument(
-        "--patches", type=int, default=24, help="simulated MR patches (about 7 s each; 0 leaves them out)"
-    )
+    parser.add_argument("--patches", type=int, default=24, help="simulated MR patches, 7 s each; 0: none")
     parser.add_argument("--out", type=Path, default=Path("benchmark_biomarkers.json"))
     given = parser.parse_args()
     folder = Path(os.environ.get("CTSMA_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -193,7 +193,7 @@ def _optimised(fixed, moving, mask, start, level, seed) -> tuple:
         method.SetMetricSamplingPercentage(min(1.0, level.samples / sitk.GetArrayViewFromImage(mask).sum()), seed)
     if mask is not None:
         method.SetMetricFixedMask(mask)
-    # ITK's own gradient image is smoothed by a voxel, which cost about 0.1 mm on phantoms: take differences of the image itself
+    # ITK smooths its own gradient image, which cost about 0.1 mm on phantoms: take differences of the image
     method.SetMetricUseMovingImageGradientFilter(False)
     method.SetMetricUseFixedImageGradientFilter(False)
     method.SetInterpolator(sitk.sitkLinear)
