@@ -25,8 +25,8 @@ LABELS = {"bv_tv": "BV/TV", "tb_th_mm": "Tb.Th", "tb_sp_mm": "Tb.Sp", "tb_n_per_
 STYLE = """
 body{max-width:62rem;margin:2rem auto;padding:0 1rem;font:16px/1.55 system-ui,sans-serif;color:#222}
 img{max-width:100%;height:auto} pre{overflow-x:auto;background:#f6f7f8;padding:.6rem .8rem;font-size:13px}
-table{border-collapse:collapse;margin:1rem 0} td,th{border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:right}
-td:first-child,th:first-child{text-align:left} nav a{margin-right:1rem} a{color:#0b5a9c} .note{color:#666}
+table{border-collapse:collapse;margin:1rem 0} td,th{border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:left}
+.dataframe td{text-align:right} nav a{margin-right:1rem} a{color:#0b5a9c} .note{color:#666}
 div.jp-InputPrompt,div.jp-OutputPrompt,.anchor-link,div.prompt{display:none}
 """
 

@@ -10,6 +10,7 @@ from scipy.stats import spearmanr
 from ctsma import biomarkers
 from ctsma.biomarkers.binary import _euler_number
 from ctsma.biomarkers.grey import MR_SPACING_MM
+from ctsma.biomarkers.thickness import mean_thickness
 from ctsma.cohort import BIOMARKERS, InputFault
 
 OBLIQUE = Rotation.from_euler("zyx", [23, 17, 31], degrees=True).as_matrix()
@@ -267,7 +268,9 @@ def test_morphometry_refuses(mask, spacing, voi, match):
         biomarkers.morphometry(mask, spacing, voi)
 
 
-def test_local_thickness_refuses_a_single_phase():
+def test_a_single_phase_has_no_thickness():
+    full = np.ones((9, 9, 9), bool)
+    assert np.isnan(mean_thickness(full, ~full)) and np.isnan(mean_thickness(~full, full))
     with pytest.raises(InputFault, match="one phase"):
         biomarkers.local_thickness(np.ones((9, 9, 9), bool), 0.1)
 
@@ -367,6 +370,8 @@ def test_mr_flags(batch):
         ({"definition": "better"}, "paper, plate, direct"),
         ({"spacing_mm": MR_SPACING_MM[::-1]}, "square pixels"),
         ({"spacing_mm": 0.2}, "square pixels"),
+        ({"marrow": 0.0}, "not positive"),
+        ({"marrow": np.nan}, "not positive"),
         ({"voi": np.ones((12, 48, 47))}, "rows, columns"),
         ({"patches": np.ones((1, 48, 48)), "voi": np.ones((1, 48, 48))}, "rows, columns"),
     ],

@@ -3,8 +3,6 @@
 Patches are (slices, rows, columns) or a batch (n, slices, rows, columns), spacing_mm likewise (slice, row, column).
 """
 
-from functools import partial
-
 import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
@@ -25,7 +23,7 @@ IN_PLANE = [d for d in DIRECTIONS if d[0] == 0]
 FINE_MM, BLOCK_MM, SMALLEST = 0.1, 1.1, 4  # published code: in-plane pixel, block of the threshold, pixels kept
 
 
-def correct_bias(image: sitk.Image, mask: sitk.Image, voxel_mm: float = 3.0) -> sitk.Image:
+def correct_bias(image: sitk.Image, mask: sitk.Image, voxel_mm: float = 4.0) -> sitk.Image:
     """Divide out the smooth receive field inside `mask` (N4, Tustison 2010, IEEE TMI 29:1310), float32.
 
     The field is fitted on an image shrunk to about `voxel_mm` (our choice: a coil varies over centimetres).
@@ -39,11 +37,11 @@ def correct_bias(image: sitk.Image, mask: sitk.Image, voxel_mm: float = 3.0) -> 
     inside = sitk.Resample(sitk.Cast(mask != 0, sitk.sitkUInt8), small, sitk.Transform(), sitk.sitkNearestNeighbor)
     n4 = sitk.N4BiasFieldCorrectionImageFilter()
     n4.SetNumberOfThreads(1)
-    n4.SetMaximumNumberOfIterations([30, 30])
+    n4.SetMaximumNumberOfIterations([20, 20])
     n4.Execute(sitk.Maximum(small, 1.0), inside)
-    log_field = n4.GetLogBiasFieldAsImage(small)
-    onto = partial(sitk.Resample, referenceImage=image, useNearestNeighborExtrapolator=True)
-    return sitk.Cast(image, sitk.sitkFloat32) / sitk.Exp(sitk.Cast(onto(log_field), sitk.sitkFloat32))
+    field = sitk.Exp(sitk.Cast(n4.GetLogBiasFieldAsImage(small), sitk.sitkFloat32))
+    whole = sitk.Resample(field, referenceImage=image, useNearestNeighborExtrapolator=True)
+    return sitk.Divide(sitk.Cast(image, sitk.sitkFloat32), whole)
 
 
 def marrow_intensity(patch: np.ndarray, voi: np.ndarray) -> np.ndarray:
@@ -51,7 +49,8 @@ def marrow_intensity(patch: np.ndarray, voi: np.ndarray) -> np.ndarray:
 
     The envelope is the 0.95 expectile plane (least squares that weigh positive residuals 19 times; our choice), so
     that a coil gradient is not taken for bone. In dense bone hardly a voxel is pure marrow and the value is low:
-    bone fraction then spreads over 0.7 of its true range; a reference from the whole, N4-corrected bone is better.
+    bone fraction then spreads over 0.7 of its true range. One reference for a whole knee did worse nevertheless, N4
+    or not: marrow, coil and banding vary by more over a knee (rescan ICC of BV/TV 0.79 against 0.91, five knees).
 
     Parameters: patch (slices, rows, columns), finite in `voi` (bool, same shape). Returns float32, same shape.
     """
@@ -119,7 +118,7 @@ def mr_biomarkers(
 
     Raises
     ------
-    InputFault : unknown definition, shapes that differ, a single slice, swapped or non-square spacing.
+    InputFault : unknown definition, shapes that differ, one slice, swapped or non-square spacing, marrow <= 0.
 
     Sources: Majumdar et al., J Bone Miner Res 1997;12:111; the published SRRD code; the default from
     `benchmarks/biomarkers.py`.
@@ -158,6 +157,8 @@ def _batch(patches, voi, spacing_mm, marrow=None) -> tuple:
     square = spacing.shape == (3,) and abs(spacing[1] / spacing[2] - 1) <= 0.01 and spacing[0] >= 0.99 * spacing[1]
     if not (square and np.isfinite(spacing).all() and spacing.min() > 0):
         raise InputFault("spacing_mm", f"{spacing_mm}", "give (slice, row, column) in mm with square pixels")
+    if marrow is not None and not np.all(np.asarray(marrow) > 0):
+        raise InputFault("marrow", "is not positive everywhere", "give the intensity of pure marrow, or None")
     shape = (-1, *patches.shape[-3:])
     marrows = None if marrow is None else np.broadcast_to(marrow, patches.shape).reshape(shape)
     images = patches.astype(float).reshape(shape)
