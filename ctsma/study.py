@@ -1,11 +1,13 @@
 """Runs the notebooks in order with papermill: checked parameters, content-hash resume, and a report."""
 
 import difflib
+import fcntl
 import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -80,14 +82,15 @@ def run(path: Path, profile: str, parameters: dict, start: str | None, say: Call
     steps, path = plan(path, profile, parameters, start), Path(path).resolve()  # papermill changes the folder
     for name in ONE_THREAD:
         os.environ.setdefault(name, "1")
-    _write_state(path, profile=profile, protocol_sha256=protocol_sha256(), cohort=_cohort_name(parameters))
-    for step in steps:
-        if step["state"] == "done":
-            say(f"{step['stage']}: unchanged, skipped")
-            continue
-        seconds = _execute(path, step, say)
-        _record(path, step, seconds)
-        say(f"{step['stage']}: done in {seconds:.0f} s")
+    with _alone(path):
+        _write_state(path, profile=profile, protocol_sha256=protocol_sha256(), cohort=_cohort_name(parameters))
+        for step in steps:
+            if step["state"] == "done":
+                say(f"{step['stage']}: unchanged, skipped")
+                continue
+            seconds = _execute(path, step, say)
+            _record(path, step, seconds)
+            say(f"{step['stage']}: done in {seconds:.0f} s")
     return [path / "notebooks" / f"{step['stage']}.ipynb" for step in steps]
 
 
@@ -192,6 +195,18 @@ def _code(stage: str) -> str:
     cells = nbformat.read(NOTEBOOKS / f"{stage}.ipynb", as_version=4).cells
     modules = sorted(imports("\n".join(cell.source for cell in cells if cell.cell_type == "code")))
     return content_key([cell.source for cell in cells], [source_sha256(module) for module in modules])
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the run's folder: a second run in it is refused. The lock ends with the process, however it ends."""
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputFault(path, "is in use by another run", "wait for its end, or choose another --name") from error
+        yield
 
 
 def _execute(path: Path, step: dict, say: Callable[[str], None]) -> float:

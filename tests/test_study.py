@@ -135,6 +135,13 @@ def test_a_run_of_another_protocol_or_cohort_is_refused(small_study, monkeypatch
         start(small_study)
 
 
+def test_a_second_run_in_the_same_folder_is_refused(small_study):
+    with study._alone(small_study), pytest.raises(InputFault, match="in use by another run"):
+        start(small_study)
+    start(small_study)
+    assert calls(small_study) == "12"
+
+
 def test_dry_run_says_what_would_run_and_runs_nothing(small_study, capsys):
     assert cli.main(["run", "--dry-run"]) == 0
     assert "about 3 minutes on two cores, 1 GB" in capsys.readouterr().out
