@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from ctsma import report
 from ctsma.cohort.manifest import SCHEMA
 from ctsma.cohort.provenance import imports
 
@@ -134,6 +135,13 @@ def test_parameter_cells_are_typed_literals_with_a_comment(path):
         ast.literal_eval(statement.value)
         assert comment.strip(), line
         assert line.count("=") == 1, line
+
+
+def test_the_readme_table_comes_from_the_published_results(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text((REPOSITORY / "README.md").read_text())
+    report.update_readme(readme, REPOSITORY / "docs" / "results" / "quick")
+    assert readme.read_text() == (REPOSITORY / "README.md").read_text()
 
 
 def test_no_file_names_a_machine_or_a_registry():
