@@ -13,8 +13,8 @@ def environment() -> str:
     requirements = [conda(r) for r in project["dependencies"] + project["optional-dependencies"]["test"]]
     lines = [f"python{project['requires-python']}", "pip", *sorted(requirements, key=str.lower)]
     listed = "\n".join(f"  - {line}" for line in lines)
-    head = "# Generated from pyproject.toml by: make environment.yml\n"
-    return f"{head}name: {project['name']}\nchannels:\n  - conda-forge\ndependencies:\n{listed}\n  - pip:\n      - --no-deps -e .\n"
+    head = f"# Generated from pyproject.toml by: make environment.yml\nname: {project['name']}\n"
+    return f"{head}channels:\n  - conda-forge\ndependencies:\n{listed}\n  - pip:\n      - --no-deps -e ./\n"
 
 
 def conda(requirement: str) -> str:
