@@ -179,7 +179,8 @@ def _inputs(parameters: dict) -> list:
     if not parameters.get("manifest"):
         return [protocol_sha256()]
     manifest = read_manifest(parameters["manifest"], parameters.get("root") or None)
-    named = [image_path(knee, c, manifest.attrs["root"]) for knee in manifest.to_dict("records") for c in ("ct", "mr")]
+    knees, columns = manifest.to_dict("records"), ("ct", "mr", "mr_rescan")
+    named = [image_path(knee, column, manifest.attrs["root"]) for knee in knees for column in columns]
     files = sorted(file for path in named if path for file in (path.rglob("*") if path.is_dir() else [path]))
     return [sha256_file(parameters["manifest"])] + [sha256_file(file) for file in files if file.is_file()]
 
