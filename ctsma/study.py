@@ -15,7 +15,7 @@ import nbformat
 import papermill
 import yaml
 
-from .cohort import InputFault, content_key, sha256_file, source_sha256, write_json
+from .cohort import IMAGES, InputFault, content_key, sha256_file, source_sha256, write_json
 from .cohort.manifest import image_path, read_manifest
 from .cohort.provenance import imports
 from .simulation.protocol import protocol_sha256
@@ -179,8 +179,8 @@ def _inputs(parameters: dict) -> list:
     if not parameters.get("manifest"):
         return [protocol_sha256()]
     manifest = read_manifest(parameters["manifest"], parameters.get("root") or None)
-    knees, columns = manifest.to_dict("records"), ("ct", "mr", "mr_rescan")
-    named = [image_path(knee, column, manifest.attrs["root"]) for knee in knees for column in columns]
+    knees = manifest.to_dict("records")
+    named = [image_path(knee, column, manifest.attrs["root"]) for knee in knees for column in IMAGES]
     files = sorted(file for path in named if path for file in (path.rglob("*") if path.is_dir() else [path]))
     return [sha256_file(parameters["manifest"])] + [sha256_file(file) for file in files if file.is_file()]
 

@@ -331,6 +331,10 @@ def square(knee, folder, *, power):
     return {"value": int(knee["knee_id"][1:]) ** power}
 
 
+def rooted(knee, folder, root):
+    return square(knee, folder, power=1)
+
+
 def calls(folder):
     return sorted((folder / "calls.txt").read_text().split())
 
@@ -390,3 +394,12 @@ def test_results_carry_their_origin(tmp_path):
     assert {"schema_version", "profile", "seed", "git_commit", "packages", "n_knees"} <= set(result)
     assert result["packages"]["torch"].startswith("2.13.0")
     shutil.rmtree(tmp_path)
+
+
+def test_a_replaced_image_without_checksum_is_a_changed_input(tmp_path):
+    knees = pd.DataFrame([row("K1", "S1") | {"ct": "a.nii.gz", "ct_sha256": None}])
+    for content in (b"one", None, b"longer"):
+        if content:
+            (tmp_path / "a.nii.gz").write_bytes(content)
+        cohort.map_knees(rooted, knees, tmp_path, {"root": str(tmp_path)})
+    assert calls(tmp_path) == ["K1", "K1"]

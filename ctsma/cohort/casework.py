@@ -11,7 +11,7 @@ import joblib
 import pandas as pd
 import SimpleITK as sitk
 
-from .names import InputFault
+from .names import IMAGES, InputFault
 from .provenance import content_key, sha256_file, source_sha256, write_json
 
 
@@ -58,17 +58,24 @@ def map_knees(
     return pd.DataFrame([done[row["knee_id"]] for row in rows]).drop(columns=["key", "files"], errors="ignore")
 
 
-def recorded_seconds(folder: str | Path) -> float | None:
-    """Mean seconds a knee of the records in a `map_knees` folder, whenever they were made; None without records."""
-    records = [file for file in Path(folder).glob("*.json") if "_" not in file.stem]  # ids hold no underscore
-    seconds = [json.loads(file.read_text())["seconds"] for file in records]
-    return sum(seconds) / len(seconds) if seconds else None
+def recorded_seconds(folder: str | Path) -> pd.Series:
+    """Seconds by knee_id of the records in a `map_knees` folder, whenever they were made; empty without records."""
+    records = sorted(file for file in Path(folder).glob("*.json") if "_" not in file.stem)  # ids hold no underscore
+    return pd.Series({file.stem: json.loads(file.read_text())["seconds"] for file in records}, dtype=float)
 
 
 def _key(function: Callable, row: dict, parameters: dict, after: Iterable[str | Path]) -> str:
     records = [Path(folder) / f"{row['knee_id']}.json" for folder in after]
     inputs = [json.loads(record.read_text())["key"] if record.exists() else None for record in records]
-    return content_key(_code(function), function.__qualname__, row, parameters, inputs)
+    images = _unsummed(row, Path(parameters.get("root", ".")))
+    return content_key(_code(function), function.__qualname__, row, parameters, inputs, images)
+
+
+def _unsummed(row: dict, root: Path) -> list:
+    """Name, size and time of the images without checksum in the manifest: one that was replaced is another input."""
+    paths = [root / row[c] for c in IMAGES if row.get(c) and not row.get(f"{c}_sha256")]
+    files = sorted(file for path in paths for file in ([path, *path.glob("*")] if path.exists() else []))
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
 def _code(function: Callable) -> str:

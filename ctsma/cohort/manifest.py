@@ -9,7 +9,7 @@ import pandera.pandas as pa
 import SimpleITK as sitk
 
 from .images import read_volume
-from .names import InputFault
+from .names import IMAGES, InputFault
 from .provenance import sha256_file
 
 IDENTIFIER = r"^[A-Za-z0-9][A-Za-z0-9-]*$"  # no underscore: file names join a knee and a suffix with one
@@ -98,7 +98,7 @@ def read_knee_volume(knee: dict | pd.Series, column: str, root: str | Path) -> s
 def check_data(manifest: pd.DataFrame, n_jobs: int = 1) -> pd.DataFrame:
     """Read every image; one row each: knee_id, column, fault ("" when good), size, spacing_mm."""
     knees = manifest.to_dict("records")
-    columns = [name for name in ("ct", "mr", "mr_rescan") if name in manifest]
+    columns = [name for name in IMAGES if name in manifest]
     named = [(knee, column) for knee in knees for column in columns if not pd.isna(knee[column])]
     tasks = (joblib.delayed(_check_image)(knee, column, manifest.attrs["root"]) for knee, column in named)
     with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
@@ -175,7 +175,7 @@ def _sentence(case: dict) -> str:
 def _check_inside(path: Path, frame: pd.DataFrame) -> None:
     root = Path(frame.attrs["root"]).resolve()
     for knee in frame.to_dict("records"):
-        for column in ("ct", "mr", "mr_rescan"):
+        for column in IMAGES:
             target = image_path(knee, column, root)
             if target is not None and not target.resolve().is_relative_to(root):
                 fault = f"knee {knee['knee_id']}: {column} = {knee[column]} leads out of the cohort's root"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 BIOMARKERS = ("bv_tv", "tb_th_mm", "tb_sp_mm", "tb_n_per_mm")
+IMAGES = ("ct", "mr", "mr_rescan")  # columns of the manifest
 BONES = {"femur": 1, "tibia": 2}
 COMPARTMENTS = ("femur_medial", "femur_lateral", "tibia_medial", "tibia_lateral")
 
