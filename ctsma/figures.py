@@ -145,6 +145,37 @@ def roc(ax: Axes, false_positive: np.ndarray, true_positive: np.ndarray, label: 
     return ax
 
 
+def calibration(ax: Axes, table: pd.DataFrame, label: str, colour: str) -> Axes:
+    """Observed share of OA against predicted probability with intervals; `table` as of `calibration_curve`."""
+    errors = [table["observed"] - table["ci_low"], table["ci_high"] - table["observed"]]
+    ax.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=0.8, zorder=0)
+    ax.errorbar(table["predicted"], table["observed"], errors, color=colour, marker="o", capsize=3, label=label)
+    ax.set(xlabel="predicted probability of OA", ylabel="observed share of OA", aspect="equal")
+    ax.set(xlim=(0, 1), ylim=(-0.02, 1.02), title=label)
+    return ax
+
+
+def decision(ax: Axes, tables: Mapping[str, pd.DataFrame]) -> Axes:
+    """Decision curves by arm (`net_benefit` tables) beside treating all and treating none."""
+    first = next(iter(tables.values()))
+    ax.plot(first["threshold"], first["treat_all"], color="#666666", linestyle=":", label="treat all")
+    ax.axhline(0, color="#666666", linewidth=0.8, label="treat none")
+    for arm, table in tables.items():
+        ax.plot(table["threshold"], table["model"], color=COLOURS.get(arm, "#D55E00"), linewidth=1.6, label=arm)
+    ax.set(xlabel="threshold probability", ylabel="net benefit (true positives a knee)", ylim=(-0.15, None))
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def places(ax: Axes, points_mm: np.ndarray, values: np.ndarray, names: Sequence, limit: float, label: str) -> Axes:
+    """Named dots at (column, row) mm over a slice drawn by `image`, blue below 0 and red above, with a scale."""
+    drawn = ax.scatter(*points_mm.T, c=values, cmap="RdBu_r", vmin=-limit, vmax=limit, s=170, edgecolors="black")
+    for (x, y), name, value in zip(points_mm, names, values, strict=True):
+        ax.text(x, y, name, ha="center", va="center", fontsize=7, color="white" if abs(value) > limit / 2 else "black")
+    ax.figure.colorbar(drawn, ax=ax, shrink=0.8, label=label)
+    return ax
+
+
 def _unit(array: np.ndarray) -> np.ndarray:
     low, high = np.percentile(array, (1, 99))
     return np.clip((array - low) / max(high - low, 1e-9), 0, 1)

@@ -22,7 +22,9 @@ from .statistics import (
     detectable_auc_difference,
     hanley_mcneil_se,
     holm,
+    mean_interval,
     net_benefit,
     roc_band,
     sensitivity_at_specificity,
+    subgroup_auc,
 )

@@ -287,10 +287,8 @@ def permute_labels(labels: pd.Series, subjects: pd.Series, splits: pd.DataFrame,
 
 def shuffle_patches(tokens: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
     """Control: measurements moved between the patches of all knees within a compartment, so no patient is whole."""
-    shuffled, measured = (
-        tokens.copy(),
-        [c for c in tokens if c not in ("knee_id", "subject_id", "compartment", *POSITION)],
-    )
+    fixed = {"knee_id", "subject_id", "patch_id", "compartment", *POSITION}
+    shuffled, measured = tokens.copy(), [column for column in tokens if column not in fixed]
     for rows in tokens.groupby("compartment", observed=True).indices.values():
         shuffled.iloc[rows, tokens.columns.get_indexer(measured)] = tokens[measured].iloc[rng.permutation(rows)]
     return shuffled

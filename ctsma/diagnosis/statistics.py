@@ -4,7 +4,7 @@ labels (n,) are 0 (no OA) or 1 (OA); scores (n,) are higher for OA. DeLong takes
 knees of a subject in the data use the bootstrap, which resamples subjects.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -77,7 +77,7 @@ def _newcombe_interval(auc: float, n_cases: int, n_controls: int) -> tuple[float
 
 
 def compare_delong(labels: Sequence, scores_a: Sequence, scores_b: Sequence) -> dict[str, float]:
-    """Paired DeLong test of AUC a - AUC b on the same knees: z, p (two-sided), difference, ci_low, ci_high.
+    """Paired DeLong test of AUC a - AUC b on the same knees: z, p (two-sided), difference, se, ci_low, ci_high.
 
     Equal placements give z = 0, p = 1. A difference without variance (one curve perfect, one constant) gives
     z = inf and p = NaN: DeLong cannot judge it.
@@ -89,7 +89,31 @@ def compare_delong(labels: Sequence, scores_a: Sequence, scores_b: Sequence) -> 
     if se > 1e-12:
         z, p = difference / se, float(2 * stats.norm.sf(abs(difference / se)))
     interval = {"ci_low": difference - Z95 * se, "ci_high": difference + Z95 * se}
-    return {"z": z, "p": p, "difference": difference, **interval}
+    return {"z": z, "p": p, "difference": difference, "se": se, **interval}
+
+
+def subgroup_auc(labels: Sequence, scores: Sequence, groups: Mapping[str, Sequence]) -> pd.DataFrame:
+    """AUC within groups of knees, given as masks (n,) by name: DataFrame(group, n_oa, n_other, auc, ci_low, ci_high).
+
+    The interval is DeLong's; a group with fewer than two knees of either class keeps NaN.
+    """
+    labels, scores = checked_labels(labels, scores)
+    rows = []
+    for group, mask in groups.items():
+        mask = np.asarray(mask, dtype=bool)
+        row = {"group": group, "n_oa": int(labels[mask].sum()), "n_other": int((~labels[mask]).sum())}
+        enough = min(row["n_oa"], row["n_other"]) >= 2
+        rows.append(row | (auc_delong(labels[mask], scores[mask]) if enough else {}))
+    return pd.DataFrame(rows).reindex(columns=["group", "n_oa", "n_other", "auc", "ci_low", "ci_high"])
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, float]:
+    """mean, ci_low, ci_high of independent values (n,): 95 % interval of Student's t; infinite for a single value."""
+    values = np.asarray(values, dtype=float)
+    if not len(values) or not np.isfinite(values).all():
+        raise InputFault("values", "are empty or hold NaN", "give one number a unit")
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else np.inf
+    return {"mean": float(values.mean()), "ci_low": float(values.mean() - half), "ci_high": float(values.mean() + half)}
 
 
 def bootstrap_auc(
