@@ -162,7 +162,8 @@ def decision(ax: Axes, tables: Mapping[str, pd.DataFrame]) -> Axes:
     ax.axhline(0, color="#666666", linewidth=0.8, label="treat none")
     for arm, table in tables.items():
         ax.plot(table["threshold"], table["model"], color=COLOURS.get(arm, "#D55E00"), linewidth=1.6, label=arm)
-    ax.set(xlabel="threshold probability", ylabel="net benefit (true positives a knee)", ylim=(-0.15, None))
+    ax.set(xlabel="threshold probability", ylabel="net benefit (true positives a knee)")
+    ax.set_ylim(-0.15, 1.08 * max(table["model"].max() for table in tables.values()))
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 

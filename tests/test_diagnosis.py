@@ -22,12 +22,14 @@ from ctsma.diagnosis import (
     explain_diagnosis,
     hanley_mcneil_se,
     holm,
+    mean_interval,
     net_benefit,
     permute_labels,
     remove_feature,
     roc_band,
     sensitivity_at_specificity,
     shuffle_patches,
+    subgroup_auc,
 )
 
 # Hanley & McNeil 1982, Radiology 143, table I: CT ratings 1..5 of 58 normal and 51 abnormal patients
@@ -160,6 +162,29 @@ def test_detectable_difference_has_the_power_it_promises():
     assert np.isnan(detectable_auc_difference(4, 4, 0.88))
 
 
+def test_mean_interval_by_hand_and_refusal():
+    found = mean_interval([1, 2, 3, 4, 5])  # SD 1.5811, SE 0.7071, t(4) 2.776
+    assert (found["mean"], found["ci_low"], found["ci_high"]) == pytest.approx((3, 1.0367, 4.9633), abs=1e-3)
+    assert mean_interval([0.5])["ci_low"] == -np.inf  # one value says nothing of its spread
+    for values in ([], [0.5, np.nan]):
+        with pytest.raises(InputFault, match="empty or hold NaN"):
+            mean_interval(values)
+
+
+def test_subgroups_are_the_auc_of_their_knees_and_small_ones_stay_empty():
+    labels, scores, _ = two_scores()
+    half = np.arange(60) < 30
+    found = subgroup_auc(labels, scores, {"all": np.ones(60), "half": half, "one": np.arange(60) < 3}).set_index(
+        "group"
+    )
+    whole, part = auc_delong(labels, scores), auc_delong(labels[half], scores[half])
+    for group, known in (("all", whole), ("half", part)):
+        assert found.loc[group, ["auc", "ci_low", "ci_high"]].tolist() == [
+            known[k] for k in ("auc", "ci_low", "ci_high")
+        ]
+    assert found.loc["one", ["n_oa", "n_other"]].tolist() == [1, 2] and np.isnan(found.loc["one", "auc"])
+
+
 def cohort(n: int = 40, effect: float = 3.0, seed: int = 0) -> tuple[pd.DataFrame, pd.Series, pd.DataFrame]:
     """Tokens of n knees of n subjects, 3 patches a compartment; OA shows in the medial compartments only."""
     rng, rows = np.random.default_rng(seed), []
@@ -188,6 +213,15 @@ def test_transformer_finds_oa_on_knees_it_never_saw_and_repeats_itself():
     again = cross_validate_diagnosis(tokens, labels, splits, SMALL, seed=3)
     assert first.equals(again) and torch.equal(state, torch.random.get_rng_state())
     assert not first.equals(cross_validate_diagnosis(tokens, labels, splits, SMALL, seed=4))
+
+
+def test_each_compartment_has_its_own_embedding():
+    torch.manual_seed(0)
+    model, tokens = PatchTransformer(3 + len(COMPARTMENTS), SMALL).eval(), torch.randn(2, 5, 3 + len(COMPARTMENTS))
+    tokens[..., 3:] = torch.eye(len(COMPARTMENTS))[1]  # all patches lie in the second compartment
+    model(tokens, torch.zeros(2, 5, dtype=torch.bool))[0].sum().backward()
+    reached = model.embed.weight.grad.abs().sum(dim=0).reshape(4, len(COMPARTMENTS)) > 0  # three features and the place
+    assert reached[:, 1].all() and reached.sum() == 4
 
 
 def test_arms_in_one_sweep_are_the_arms_one_by_one():
@@ -319,6 +353,7 @@ def test_controls_change_only_what_they_say():
         (lambda t, y, s: (t, y, pd.concat([s, s[:1].assign(fold=1)])), "s00 in two folds"),
         (lambda t, y, s: (t, y, s[1:]), "no fold for subject s00"),
         (lambda t, y, s: (t, y, s.assign(fold=(y == 0).to_numpy().astype(int))), "one class only"),
+        (lambda t, y, s: (t[:0], y[:0], s), "0 OA and 0 other"),
         (lambda t, y, s: (t.assign(subject_id=["s00", *t["subject_id"][:-1]]), y, s), "named twice"),
     ],
 )

@@ -100,6 +100,9 @@ def test_diagnosis_numbers(tiny):
         assert 0 <= value["ci_low"] <= value["auc"] <= value["ci_high"] <= 1
     assert 0 <= found["delong"]["ct_sma_vs_ct_only"]["p"] <= 1
     assert 0 <= found["control"]["permuted_labels"]["auc"] <= 1
+    assert set(found["control"]) >= {f"without {name}" for name in ("position", *BIOMARKERS)}
+    assert all(0 <= test["p_holm"] <= 1 for test in found["delong"].values() if test["p"] is not None)
+    assert set(found) >= {"comparators", "sensitivity", "calibration", "subgroups", "compartments"}
 
 
 def test_a_second_run_has_nothing_to_do(tiny):

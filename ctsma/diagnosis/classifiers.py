@@ -30,13 +30,16 @@ _SCORES = ("score", "score_without_attended", "score_without_random")
 
 @dataclass(frozen=True)
 class TransformerSettings:
-    """Size and training of the patch Transformer; the published one states neither, so all is our choice."""
+    """Size and training of the patch Transformer; the published one states neither, so all is our choice.
+
+    Chosen on made-up tokens of no cohort, where more layers, width or dropout gave the same AUC within its error.
+    """
 
     width: int = 16
-    layers: int = 2
+    layers: int = 1
     heads: int = 4
     dropout: float = 0.2
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     weight_decay: float = 0.05
     max_epochs: int = 80
     patience: int = 20  # epochs without a better validation loss
@@ -49,12 +52,16 @@ DEFAULT = TransformerSettings()
 
 
 class PatchTransformer(nn.Module):
-    """Encoder over tokens (knees, patches, features) without order; attention pooling; one logit a knee."""
+    """Encoder over tokens (knees, patches, features) without order; attention pooling; one logit a knee.
+
+    The last features are the one-hot compartment, and each compartment has its own embedding of the others: the same
+    BV/TV says one thing in the loaded compartment and another in the unloaded one.
+    """
 
     def __init__(self, n_features: int, settings: TransformerSettings):
         super().__init__()
         width = settings.width
-        self.embed = nn.Linear(n_features, width)
+        self.embed = nn.Linear((n_features - len(COMPARTMENTS) + 1) * len(COMPARTMENTS), width)
         layer = nn.TransformerEncoderLayer(
             width, settings.heads, 2 * width, settings.dropout, batch_first=True, norm_first=True
         )
@@ -63,7 +70,9 @@ class PatchTransformer(nn.Module):
 
     def forward(self, tokens: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
         """Logit (knees,) and pooling weight (knees, patches), 0 where `absent` (knees, patches) is true."""
-        hidden = self.encoder(self.embed(tokens), src_key_padding_mask=absent)
+        values, place = tokens.split([tokens.shape[2] - len(COMPARTMENTS), len(COMPARTMENTS)], dim=2)
+        apart = torch.cat([values, torch.ones_like(values[..., :1])], dim=2)[..., None] * place[..., None, :]
+        hidden = self.encoder(self.embed(apart.flatten(2)), src_key_padding_mask=absent)
         weights = self.attention(hidden).squeeze(-1).masked_fill(absent, -torch.inf).softmax(dim=1)
         return self.head((weights.unsqueeze(-1) * hidden).sum(dim=1)).squeeze(-1), weights
 
