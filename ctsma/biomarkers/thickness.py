@@ -37,11 +37,18 @@ def squared_distance(surface: np.ndarray, axes: tuple[int, ...] = (2, 1, 0)) -> 
 
 
 def _covering_radius2(largest: int) -> np.ndarray:
-    """(4, largest + 1): squared radius from which on a ball 0, 1, sqrt 2 or sqrt 3 voxels off holds a whole ball."""
-    radius = np.sqrt(np.arange(largest + 1))
-    return np.ceil([np.full(largest + 1, FAR)] + [(radius + np.sqrt(k)) ** 2 - 1e-9 for k in (1, 2, 3)]).astype(
-        np.int64
-    )
+    """(4, > largest): squared radius from which on a ball 0, 1, sqrt 2 or sqrt 3 voxels off holds a ball's voxels.
+
+    Counted on the lattice: the voxel p farthest from (1, 0, 0) is |p|^2 + 2 |x| + 1 away; the other steps alike.
+    """
+    y, x = np.indices((int(np.sqrt(largest)) + 1,) * 2)
+    cover = np.zeros((4, 3 * x.max() ** 2 + 1), np.int64)
+    for z in range(len(x)):
+        norm2 = z**2 + y**2 + x**2
+        for k, along in enumerate((x, x + y, x + y + z), 1):
+            np.maximum.at(cover[k], norm2, norm2 + 2 * along + k)
+    cover[0] = FAR
+    return np.maximum.accumulate(cover, axis=1)
 
 
 @njit(cache=True)
