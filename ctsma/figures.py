@@ -74,6 +74,19 @@ def points_by_group(ax: Axes, table: pd.DataFrame, x: str, y: str, hue: str | No
     return ax
 
 
+def ratios(ax: Axes, table: pd.DataFrame, xlabel: str, ylabel: str, title: str) -> Axes:
+    """One line a biomarker: ratios to a reference (columns of `table`) against its index, on a logarithmic axis."""
+    ax.axhline(1, color="black", linewidth=0.8)
+    styles = zip(table.items(), ("#000000", "#D55E00", "#0072B2", "#009E73"), "osD^", strict=False)
+    for (name, values), colour, marker in styles:
+        ax.plot(table.index, values, marker=marker, color=colour, label=LABELS[name].partition(" ")[0])
+    ticks = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log")
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.legend(frameon=False, fontsize=8, loc="upper left")
+    return ax
+
+
 def histogram(
     ax: Axes, groups: Mapping[str, np.ndarray], xlabel: str, published: Sequence[float] | None = None
 ) -> Axes:

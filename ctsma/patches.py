@@ -187,6 +187,15 @@ def load_patches(folder: str | Path, usable: bool = True) -> Patches:
     return Patches(table, **{name: np.concatenate(parts) for name, parts in arrays.items()})
 
 
+def load_rescans(folder: str | Path, table: pd.DataFrame) -> np.ndarray:
+    """The second MR (n, 12, 48, 48) of the patches in `table`; KeyError for a knee that has none."""
+    stacks = []
+    for knee_id, patch_id in zip(table["knee_id"], table["patch_id"], strict=True):
+        with np.load(Path(folder) / f"{knee_id}.npz") as stored:
+            stacks.append(stored["rescan_mr"][patch_id])
+    return np.array(stacks)
+
+
 def with_truth(patches: Patches, truth: pd.DataFrame) -> Patches:
     """The patches whose truth is known, with columns true_bv_tv, ... in their table; `truth` as of `load_truth`."""
     named = truth.rename(columns={name: f"true_{name}" for name in BIOMARKERS})
