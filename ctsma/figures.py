@@ -80,8 +80,8 @@ def ratios(ax: Axes, table: pd.DataFrame, xlabel: str, ylabel: str, title: str) 
     styles = zip(table.items(), ("#000000", "#D55E00", "#0072B2", "#009E73"), "osD^", strict=False)
     for (name, values), colour, marker in styles:
         ax.plot(table.index, values, marker=marker, color=colour, label=LABELS[name].partition(" ")[0])
-    ticks = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log")
+    ticks = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log", ylim=(0.015, 20))
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     return ax

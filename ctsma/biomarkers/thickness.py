@@ -156,7 +156,8 @@ def local_thickness(
     -------
     (z, y, x) float32, mm; 0 outside the phase.
 
-    Bias that stays, from voxels, at any thickness: about +0.5 voxel on plates, 0 on rods, -0.3 to -0.8 on spheres.
+    Bias that stays, from voxels, at any thickness: about +0.5 voxel on plates (0.3 to 0.9 off the grid), 0 on rods
+    (within 0.25), about -0.8 on spheres (0 to -1).
 
     Raises
     ------
