@@ -91,6 +91,8 @@ def test_agreement_numbers(tiny):
             assert -1 <= value["ci_low"] <= value["icc"] <= value["ci_high"] <= 1, (arm, name)
     assert set(found["ceiling"]) == set(BIOMARKERS)
     assert "mr_reference" in found["icc_truth"]
+    assert set(found["definitions"]) == {"plate", "direct", "paper"}
+    assert all(set(rows) == set(BIOMARKERS) for rows in found["definitions"].values())
 
 
 def test_diagnosis_numbers(tiny):

@@ -128,6 +128,17 @@ def test_tables_are_read_back_without_flagged_patches(tmp_path):
         patches.load_table(tmp_path / "none")
 
 
+def test_rescans_come_in_the_order_of_the_table(tmp_path):
+    for number, knee_id in enumerate(("k1", "k2")):
+        stack = np.arange(3)[:, None, None, None] + np.full((3, 2, 2, 2), 10 * number)
+        np.savez(tmp_path / f"{knee_id}.npz", rescan_mr=stack)
+    np.savez(tmp_path / "k3.npz", mr=np.zeros((1, 2, 2, 2)))
+    table = pd.DataFrame({"knee_id": ["k2", "k1", "k2"], "patch_id": [0, 2, 1]})
+    assert patches.load_rescans(tmp_path, table)[:, 0, 0, 0].tolist() == [10, 2, 11]
+    with pytest.raises(KeyError):
+        patches.load_rescans(tmp_path, pd.DataFrame({"knee_id": ["k3"], "patch_id": [0]}))
+
+
 def test_tokens_join_place_and_values_of_every_arm():
     reference = pd.DataFrame(
         {"knee_id": ["K1", "K2"], "subject_id": ["S1", "S2"], "patch_id": 0, "compartment": "tibia_medial"}

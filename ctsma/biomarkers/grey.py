@@ -113,7 +113,7 @@ def mr_biomarkers(
     Returns
     -------
     dict of the four biomarkers and `flag`: floats and str for one patch, arrays (n,) for a batch. Apparent, not on
-    micro-CT's scale: over truth 1.1 to 1.9 (BV/TV), 1.5 to 1.8 (Tb.Th), 0.7 to 1.0 (Tb.Sp), 0.6 to 0.7 (Tb.N) with
+    micro-CT's scale: over truth 1.1 to 1.9 (BV/TV), 1.5 to 1.8 (Tb.Th), 0.7 to 1.1 (Tb.Sp), 0.6 to 0.7 (Tb.N) with
     `plate`; 3.0 to 3.5, 1.4 to 2.1 (Tb.Th, Tb.Sp) with `direct`. A flagged patch has NaN in all four: "voi too
     small", "not finite", "no contrast", "too little bone", "too much bone", "inverted contrast" (7 to 9 in 10
     inverted patches; also bone of BV/TV above 0.5, which looks the same).
