@@ -206,15 +206,6 @@ def cross_conformal(
     return pd.DataFrame({"low": y - half, "high": y + half, "covered": np.abs(x - y) <= half})
 
 
-def gaussian_coverage(
-    reference: ndarray, estimate: ndarray, sd: ndarray, levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95)
-) -> pd.DataFrame:
-    """Calibration of a predicted SD: the share of |reference - estimate| <= z sd at each nominal level."""
-    x, y = _pairs(reference, estimate)
-    z = stats.norm.ppf((1 + np.asarray(levels)) / 2)
-    return pd.DataFrame({"level": levels, "observed": (np.abs(x - y) <= z[:, None] * np.asarray(sd)).mean(axis=1)})
-
-
 def _pairs(reference: ndarray, estimate: ndarray) -> tuple[ndarray, ndarray]:
     x, y = np.asarray(reference, dtype=float), np.asarray(estimate, dtype=float)
     if x.shape != y.shape:

@@ -137,6 +137,19 @@ def forest(ax: Axes, table: pd.DataFrame, xlabel: str, published: Mapping[str, f
     return ax
 
 
+def ranges(ax: Axes, found: pd.DataFrame, other: pd.DataFrame, title: str) -> Axes:
+    """Values with intervals over published ranges; rows as of `difficulty`, `other` the same rows of another draw."""
+    for row, (name, entry) in enumerate(found[::-1].iterrows()):
+        ax.plot([entry["low"], entry["high"]], [row, row], color="#CCCCCC", linewidth=11, solid_capstyle="butt")
+        for part, colour, shift in ((entry, "#E69F00", -0.15), (other.loc[name], "#0072B2", 0.15)):
+            ax.plot([part["ci_low"], part["ci_high"]], [row + shift] * 2, color=colour, linewidth=1.6)
+            ax.plot(part["value"], row + shift, "o", color=colour, markersize=4)
+    names = [name.split(".")[-1] for name in found.index[::-1]]
+    ax.set_yticks(range(len(found)), [LABELS.get(name, name.replace("_", " ")) for name in names])
+    ax.set(title=title, ylim=(-0.6, len(found) - 0.4))
+    return ax
+
+
 def curves(ax: Axes, table: pd.DataFrame, y: str, title: str) -> Axes:
     """Loss against epoch: one thin line a fold, coloured by arm; `table` has arm, fold, epoch and `y`."""
     for arm, lines in table.groupby("arm", sort=False):

@@ -62,8 +62,10 @@ def knee_patches(
     return _cut_and_write(knee, folder, ct, masks, pairs, n_per_compartment, seed, definition)
 
 
-def true_patches(knee: dict, folder: Path, *, root: str, n_per_compartment: int, seed: int, definition: str) -> dict:
-    """As `knee_patches` with the true bones and transforms of a simulated knee, and the truth measured beside.
+def true_patches(
+    knee: dict, folder: Path, *, root: str, n_per_compartment: int, n_truth: int, seed: int, definition: str
+) -> dict:
+    """As `knee_patches` with the true bones and transforms of a simulated knee, and the truth of n_truth of them.
 
     Only quality assurance calls it: it tells how hard a cohort is, whatever the registration does.
     """
@@ -73,13 +75,14 @@ def true_patches(knee: dict, folder: Path, *, root: str, n_per_compartment: int,
     if truth.rescan_transforms:
         pairs["rescan_"] = read_knee_volume(knee, "mr_rescan", root), truth.rescan_transforms
     row = _cut_and_write(knee, folder, ct, truth.labels, pairs, n_per_compartment, seed, definition)
-    _write_truth(Path(folder), Path(folder), knee, truth)
+    rng = np.random.default_rng([seed, 1, *knee["knee_id"].encode()])
+    write_truth(Path(folder), Path(folder), knee, truth, n_truth, rng)
     return row
 
 
 def knee_truth(knee: dict, folder: Path, *, root: str, patches_folder: str) -> dict:
     """Measure the true biomarkers of a knee's patches (for `map_knees`); writes `<knee>_truth.csv`. Only for QA."""
-    return _write_truth(Path(patches_folder), Path(folder), knee, read_truth(root, knee["knee_id"]))
+    return write_truth(Path(patches_folder), Path(folder), knee, read_truth(root, knee["knee_id"]))
 
 
 def true_slice(truth: Truth, row: dict, side: str, pixel_mm: float = 0.1) -> np.ndarray:
@@ -231,15 +234,15 @@ def _cut_and_write(
     for prefix, (mr, transforms) in pairs.items():
         stack = [cut(mr, c, knee["side"], MR_SHAPE, MR_SPACING_MM, transforms[bone]) for bone, c in places]
         arrays[f"{prefix}mr"] = np.array(stack)
-        table = table.assign(**_measured(arrays[f"{prefix}mr"], arrays["voi"], definition, prefix))
-    table = table.assign(**_naive(arrays["ct"], arrays["voi"]))
+        table = table.assign(**measured(arrays[f"{prefix}mr"], arrays["voi"], definition, prefix))
+    table = table.assign(**naive(arrays["ct"], arrays["voi"]))
     table.to_csv(Path(folder) / f"{knee['knee_id']}_table.csv", index=False)
     stored = {name: a.astype(bool if name == "voi" else np.float16) for name, a in arrays.items()}
     np.savez(Path(folder) / f"{knee['knee_id']}.npz", **stored)
     return {"n_patches": len(table), "n_flagged": int((table["flag"] != "").sum())}
 
 
-def _measured(mr: np.ndarray, voi: np.ndarray, definition: str, prefix: str) -> dict:
+def measured(mr: np.ndarray, voi: np.ndarray, definition: str, prefix: str) -> dict:
     """The MR reference columns; NaN and a flag where a patch cannot be measured."""
     lacking, outside = voi.mean(axis=(1, 2, 3)) < MIN_VOI, np.isnan(mr).any(axis=(1, 2, 3))
     found = mr_biomarkers(np.nan_to_num(mr), voi, MR_SPACING_MM, definition=definition)
@@ -248,7 +251,7 @@ def _measured(mr: np.ndarray, voi: np.ndarray, definition: str, prefix: str) -> 
     return columns | {f"{prefix}flag": flag}
 
 
-def _naive(ct: np.ndarray, voi: np.ndarray) -> dict:
+def naive(ct: np.ndarray, voi: np.ndarray) -> dict:
     """Mean HU, and what thresholding the CT would say; for comparison only."""
     inside = voi[:, :, ::2, ::2]
     count = np.maximum(inside.sum(axis=(1, 2, 3)), 1)
@@ -257,21 +260,21 @@ def _naive(ct: np.ndarray, voi: np.ndarray) -> dict:
     return {"mean_hu": mean} | {f"threshold_{name}": found[name] for name in BIOMARKERS}
 
 
-def _write_truth(patches_folder: Path, folder: Path, knee: dict, truth: Truth) -> dict:
+def write_truth(
+    patches_folder: Path, folder: Path, knee: dict, truth: Truth, n: int | None = None, rng: np.random.Generator = None
+) -> dict:
+    """Measure and write the truth of a knee's usable patches, or of n of them drawn by `rng`."""
     knee_id, side = knee["knee_id"], knee["side"]
     table = pd.read_csv(patches_folder / f"{knee_id}_table.csv", dtype={"knee_id": "str", "subject_id": "str"})
     with np.load(patches_folder / f"{knee_id}.npz") as stored:
         voi = stored["voi"]
-    usable = table["flag"].isna().to_numpy()
-    rows = [
-        _true_biomarkers(row, v, side, truth)
-        for row, v, u in zip(table.to_dict("records"), voi, usable, strict=True)
-        if u
-    ]
-    measured = pd.DataFrame(rows, columns=list(BIOMARKERS))
-    pd.concat([table.loc[usable, ["knee_id", "patch_id"]].reset_index(drop=True), measured], axis=1).to_csv(
-        folder / f"{knee_id}_truth.csv", index=False
-    )
+    table = table[table["flag"].isna()]
+    if n is not None:
+        table = table.iloc[np.sort(rng.permutation(len(table))[:n])]
+    table = table.reset_index(drop=True)
+    rows = [_true_biomarkers(row, voi[row["patch_id"]], side, truth) for row in table.to_dict("records")]
+    found = pd.DataFrame(rows, columns=list(BIOMARKERS))
+    pd.concat([table[["knee_id", "patch_id"]], found], axis=1).to_csv(folder / f"{knee_id}_truth.csv", index=False)
     return {"n_patches": len(rows)}
 
 

@@ -21,6 +21,7 @@ ARMS = {
     "mr_teacher": "MR network (upper bound)",
     "mr_reference": "MR reference itself",
 }
+GAINS = ("ct_sma", "ct_only"), ("ct_sma_plus", "ct_only"), ("ct_sma_plus", "hu_regression")
 LABELS = {"bv_tv": "BV/TV", "tb_th_mm": "Tb.Th", "tb_sp_mm": "Tb.Sp", "tb_n_per_mm": "Tb.N"}
 STYLE = """
 body{max-width:62rem;margin:2rem auto;padding:0 1rem;font:16px/1.55 system-ui,sans-serif;color:#222}
@@ -53,9 +54,21 @@ def results_table(results: str | Path) -> str:
     lines = ["| quantity | paper | ours (simulated) |", "| --- | --- | --- |"]
     for arm in [arm for arm in ARMS if arm in agreement["icc"]]:
         lines += _icc_lines(arm, agreement["icc"][arm])
+    lines += [_gain_line(*pair, agreement["gain"]) for pair in GAINS if "_vs_".join(pair) in agreement["gain"]]
     for arm in [arm for arm in ARMS if arm in diagnosis["auc"]]:
         published = PAPER["auc"].get(arm, "")
         lines.append(f"| AUC for OA, {ARMS[arm]} | {published} | {_interval(diagnosis['auc'][arm], 'auc')} |")
+    return "\n".join(lines) + "\n"
+
+
+def difficulty_table(results: str | Path) -> str:
+    """Markdown table of how hard a simulated cohort is: published, this cohort, the draw it was frozen on."""
+    calibration = _read(results, "cohort")["calibration"]
+    lines = ["| difficulty (simulated) | published | this cohort | large draw |", "| --- | --- | --- | --- |"]
+    for name, row in calibration["figures"].items():
+        published = "" if row["low"] is None else f"{row['low']:g} to {row['high']:g}: {row['source']}"
+        shown = [_interval(part, "value") for part in (row, calibration["frozen"][name])]
+        lines.append(f"| {name} | {published} | {shown[0]} | {shown[1]} |")
     return "\n".join(lines) + "\n"
 
 
@@ -88,6 +101,13 @@ def _icc_lines(arm: str, values: dict) -> list[str]:
     return [*lines, f"| ICC mean, {ARMS[arm]} | {published.get('mean', '')} | {shown} |"]
 
 
+def _gain_line(arm: str, other: str, gains: dict) -> str:
+    published = PAPER["icc"].get(arm, {}).get("mean"), PAPER["icc"].get(other, {}).get("mean")
+    shown = "" if None in published else f"{published[0] - published[1]:.3f}"
+    gain = _interval(gains[f"{arm}_vs_{other}"], "difference")
+    return f"| gain in mean ICC, {ARMS[arm]} over {ARMS[other]} | {shown} | {gain} |"
+
+
 def _interval(value: dict, name: str) -> str:
     if value[name] is None:
         return "not defined"
@@ -112,14 +132,16 @@ def _index(path: Path) -> str:
     complete = all((path / "results" / f"{stage}.json").exists() for stage in ("cohort", "agreement", "diagnosis"))
     parts = [f"<h1>Study report: {html.escape(path.name)}</h1>"]
     if complete:
-        parts.append(f"<p class='note'>{html.escape(origin(path / 'results'))}</p>" + _html_table(path / "results"))
+        tables = (results_table, difficulty_table)
+        parts.append(f"<p class='note'>{html.escape(origin(path / 'results'))}</p>")
+        parts += [_html_table(table(path / "results")) for table in tables]
     for png in sorted(path.glob("figures/*.png")):
         parts.append(f"<h2>{png.stem}</h2><img src='../figures/{png.name}' alt='{png.stem}'>")
     return "\n".join(parts)
 
 
-def _html_table(results: Path) -> str:
-    rows = [line.strip("| ").split(" | ") for line in results_table(results).splitlines() if "---" not in line]
+def _html_table(markdown: str) -> str:
+    rows = [line.strip("| ").split(" | ") for line in markdown.splitlines() if "---" not in line]
     cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
     return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
 

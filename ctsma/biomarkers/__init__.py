@@ -10,6 +10,3 @@ from .grey import (
     mr_biomarkers,
 )
 from .thickness import local_thickness
-
-__all__ = ["DEFINITIONS", "bone_volume_fraction", "correct_bias", "ct_threshold_biomarkers"]
-__all__ += ["local_thickness", "marrow_intensity", "morphometry", "mr_biomarkers", "resolution_series"]

@@ -11,33 +11,3 @@ from .names import BIOMARKERS, BONES, COMPARTMENTS, IMAGES, InputFault
 from .provenance import content_key, sha256_file, source_sha256, write_json, write_results, write_text
 from .run import Run
 from .splits import check_splits, make_splits, read_splits, splits_path, stored_splits
-
-__all__ = [
-    "BIOMARKERS",
-    "BONES",
-    "COMPARTMENTS",
-    "IMAGES",
-    "InputFault",
-    "Run",
-    "anatomical_plane",
-    "check_data",
-    "check_splits",
-    "content_key",
-    "image_path",
-    "make_splits",
-    "map_knees",
-    "read_knee_volume",
-    "read_manifest",
-    "read_splits",
-    "read_volume",
-    "recorded_seconds",
-    "sha256_file",
-    "source_sha256",
-    "splits_path",
-    "stored_splits",
-    "table_one",
-    "write_json",
-    "write_results",
-    "write_text",
-    "write_volume",
-]

@@ -6,19 +6,3 @@ from .checkpoints import load_model
 from .losses import TERMS, Lesson, distillation_loss
 from .training import Settings, augment_ct, predict
 from .views import feature_maps, read_curves
-
-__all__ = [
-    "TERMS",
-    "Lesson",
-    "Settings",
-    "augment_ct",
-    "cross_validate",
-    "ct_features",
-    "distillation_loss",
-    "feature_maps",
-    "hu_regression",
-    "load_model",
-    "predict",
-    "read_curves",
-    "recipes_of",
-]

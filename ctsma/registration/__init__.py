@@ -16,23 +16,6 @@ from .masks import bone_masks, isotropic
 from .quality import bone_checks, flexion_deg, mapped, target_registration_error_mm
 from .stages import Registration, register_knee, rigid, starting_transforms
 
-__all__ = [
-    "Registration",
-    "bone_checks",
-    "bone_masks",
-    "flexion_deg",
-    "isotropic",
-    "mapped",
-    "read_stages",
-    "read_transforms",
-    "register_knee",
-    "register_pair",
-    "stage_errors_mm",
-    "starting_transforms",
-    "target_registration_error_mm",
-    "write_registration",
-]
-
 
 def register_pair(knee: dict, folder: Path, *, root: str | Path, seed: int) -> dict:
     """Register the MR of a manifest row, and its rescan where it has one, with its CT (for `map_knees`).

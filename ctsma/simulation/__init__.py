@@ -6,26 +6,7 @@ Everything drawn comes from `protocol.yaml`; other rooms see only images and man
 from .anatomy import Template, label_template, own_template, read_labels
 from .knees import QUICK_FIELD_MM, simulate_knee, write_cohort
 from .microstructure import level_half_width, make_tile
-from .protocol import Quantity, draw_subjects, load_protocol, protocol_sha256
-from .scanners import bssfp_signal
+from .mr import bssfp_signal
+from .protocol import Quantity, draw_subjects, load_protocol, protocol_sha256, read_calibration
+from .subject import bone_cube
 from .truth import Truth, has_truth, read_truth
-
-__all__ = [
-    "QUICK_FIELD_MM",
-    "Quantity",
-    "Template",
-    "Truth",
-    "bssfp_signal",
-    "draw_subjects",
-    "label_template",
-    "has_truth",
-    "level_half_width",
-    "load_protocol",
-    "own_template",
-    "protocol_sha256",
-    "make_tile",
-    "read_labels",
-    "read_truth",
-    "simulate_knee",
-    "write_cohort",
-]

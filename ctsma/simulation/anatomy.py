@@ -190,7 +190,7 @@ def read_labels(path: str | Path) -> sitk.Image:
         image = sitk.Cast(sitk.ReadImage(str(path)), sitk.sitkUInt8)
     except RuntimeError as error:
         raise InputFault(path, "not a readable label map", "give NRRD or NIfTI labels") from error
-    centre = {name: _label_points(image, label) for name, label in LABELS.items()}
+    centre = {name: label_points(image, label) for name, label in LABELS.items()}
     for bone in ("femur", "tibia"):
         if not len(centre[bone]):
             raise InputFault(path, f"no {bone} (label {LABELS[bone]})", "give a label map with femur and tibia")
@@ -209,13 +209,13 @@ def read_labels(path: str | Path) -> sitk.Image:
 
 def _is_left(image, centre, origin) -> bool:
     """Left when the medial tibial cartilage, or else the side away from the fibula, lies at smaller x."""
-    medial, lateral = _label_points(image, 2), _label_points(image, 3)
+    medial, lateral = label_points(image, 2), label_points(image, 3)
     if len(medial) and len(lateral):
         return bool(medial[:, 0].mean() < lateral[:, 0].mean())
     return bool(len(centre["fibula"]) and centre["fibula"][:, 0].mean() > origin[0])
 
 
-def _label_points(image: sitk.Image, label: int) -> np.ndarray:
+def label_points(image: sitk.Image, label: int) -> np.ndarray:
     """LPS points (n, 3) of every voxel of a label."""
     index = np.argwhere(sitk.GetArrayViewFromImage(image) == label)[:, ::-1]
     matrix = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())

@@ -12,8 +12,10 @@ import SimpleITK as sitk
 
 from ctsma.cohort import BONES, InputFault, map_knees, sha256_file, write_text, write_volume
 
+from .ct import CT_AXES, draw_ct, scan_ct
+from .mr import MR_AXES, draw_mr, scan_mr
+from .painting import Grid, apply, draw_poses, make_grid
 from .protocol import draw_subjects, load_protocol, protocol_sha256
-from .scanners import MR_AXES, Grid, apply, draw_poses, make_grid, scan_ct, scan_mr
 from .subject import Subject, make_subject, tile_shape
 from .truth import draw_targets, rigid_transform, truth_arrays
 
@@ -53,12 +55,13 @@ def simulate_knee(
     streams = [int(seed), zlib.crc32(str(knee["knee_id"]).encode())]
     subject = make_subject(knee, constants, streams, anatomy)
     scans = ["ct", "mr", "mr_rescan"] if rescan else ["ct", "mr"]
-    poses, grids = _settings(subject, constants, streams, scans, field_of_view_mm)
+    poses, grids = settings(subject, constants, streams, scans, field_of_view_mm)
     outcome = {}
-    for n, scan in enumerate(scans):
-        rng = np.random.default_rng([*streams, 20 + n])
-        image, labels = _scan(subject, poses[scan], grids[scan], scan, constants, rng)
-        outcome |= _stored(image, root, f"images/{knee['knee_id']}_{scan}.nii.gz", scan)
+    for n, name in enumerate(scans):
+        rng = np.random.default_rng([*streams, 30 + n])
+        drawn = draw_scan(name, constants, streams)
+        image, labels = scan(subject, poses[name], grids[name], name, drawn, rng)
+        outcome |= _stored(image, root, f"images/{knee['knee_id']}_{name}.nii.gz", name)
         if labels is not None:
             write_volume(labels, root / f"truth/{knee['knee_id']}_labels.nii.gz")
     targets = draw_targets(subject, poses, grids, np.random.default_rng([*streams, 3]))
@@ -69,7 +72,7 @@ def simulate_knee(
     return outcome | {"files": [os.path.relpath(p, folder) for p in written]}
 
 
-def _settings(subject: Subject, constants: dict, streams: list, scans: list, field_mm: tuple) -> tuple[dict, dict]:
+def settings(subject: Subject, constants: dict, streams: list, scans: list, field_mm: tuple) -> tuple[dict, dict]:
     """Pose per scan and bone, and grid per scan, around the joint line."""
     pose, ct, mr, poses, grids = constants["pose"], constants["ct"], constants["mr"], {}, {}
     rng = np.random.default_rng([*streams, 10])
@@ -81,15 +84,31 @@ def _settings(subject: Subject, constants: dict, streams: list, scans: list, fie
         poses[scan] = draw_poses(subject, pose, flexion[scan], rng)
         centre = apply(poses[scan]["femur"], np.array([[0.0, 0.0, 2.0]]))[0]
         centre = centre + [pose["centring"].draw(rng) for _ in range(3)]
+        field, centre = _cut_short(np.array(field_mm), centre, pose, rng)
         plane, along = ((ct if scan == "ct" else mr)[f"spacing_{s}"].value for s in ("in_plane", "slice"))
-        grids[scan] = make_grid(field_mm, (plane, plane, along), np.eye(3) if scan == "ct" else MR_AXES, centre)
+        grids[scan] = make_grid(field, (plane, plane, along), CT_AXES if scan == "ct" else MR_AXES, centre)
     return poses, grids
 
 
-def _scan(subject: Subject, poses: dict, grid: Grid, scan: str, constants: dict, rng: np.random.Generator):
-    if scan == "ct":
-        return scan_ct(subject, poses, grid, constants["ct"], rng)
-    return scan_mr(subject, poses, grid, constants["mr"], rng), None
+def _cut_short(field_mm: np.ndarray, centre: np.ndarray, pose: dict, rng: np.random.Generator) -> tuple:
+    """Field of view and centre; in some scans one face (front, back, head or foot) comes too early."""
+    partial, axis, sign = rng.random() < pose["partial_field"].value, rng.integers(1, 3), rng.choice([-1, 1])
+    lost = np.zeros(3)
+    lost[axis] = partial * pose["partial_cut"].draw(rng) * field_mm[axis]
+    return field_mm - lost, centre + sign * lost / 2
+
+
+def draw_scan(scan: str, constants: dict, streams: list) -> dict:
+    """What a scan of a knee draws but its noise."""
+    draw, group = (draw_ct, "ct") if scan == "ct" else (draw_mr, "mr")
+    return draw(constants[group], np.random.default_rng([*streams, 20, zlib.crc32(scan.encode())]))
+
+
+def scan(subject: Subject, poses: dict, grid: Grid, name: str, drawn: dict, rng: np.random.Generator) -> tuple:
+    """Image of a scan (ct, mr, mr_rescan), and the bone labels where it is the CT (else None)."""
+    if name == "ct":
+        return scan_ct(subject, poses, grid, drawn, rng)
+    return scan_mr(subject, poses, grid, drawn, rng), None
 
 
 def _stored(image: sitk.Image, root: Path, name: str, scan: str) -> dict:
@@ -102,7 +121,9 @@ def _write_truth(folder: Path, knee_id: str, arrays: dict, poses: dict) -> None:
         stem = f"{knee_id}_rescan" if scan == "mr_rescan" else knee_id
         for bone in BONES:
             matrix = poses[scan][bone] @ np.linalg.inv(poses["ct"][bone])
-            sitk.WriteTransform(rigid_transform(matrix), str(folder / f"{stem}_{bone}.tfm"))
+            partial = folder / f".partial-{stem}_{bone}.tfm"
+            sitk.WriteTransform(rigid_transform(matrix), str(partial))
+            partial.replace(folder / f"{stem}_{bone}.tfm")
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     partial = folder / f".partial-{knee_id}.npz"

@@ -78,28 +78,32 @@ def field_at(tile, x, y, z, cos, sin) -> float:
 
 
 @njit(cache=True, fastmath=True)
-def bone_fraction(tile, x, y, z, offsets, soft, c, w, theta) -> np.ndarray:
-    """Bone volume fraction of a footprint: mean over sub-samples of the level set, each with a soft edge.
+def bone_fraction(tile, x, y, z, samples, soft, c, w, theta) -> np.ndarray:
+    """Bone volume fraction of a footprint: weighted mean over sub-samples of the level set, each with a soft edge.
 
-    (x, y, z): footprint centre in non-negative tile voxels; offsets (n, 3): sub-samples relative to it;
+    (x, y, z): footprint centre in non-negative tile voxels; samples (n, 4): places relative to it, and weight;
     soft: half width of the edge in SD of the field.
     """
     cos, sin, total = np.cos(theta), np.sin(theta), np.float32(0)
-    for n in range(len(offsets)):
-        f = field_at(tile, x + offsets[n, 0], y + offsets[n, 1], z + offsets[n, 2], cos, sin)
-        total += min(max(np.float32(0.5) + (w - abs(f - c)) / (2 * soft), np.float32(0)), np.float32(1))
-    return total / len(offsets)
+    for n in range(len(samples)):
+        f = field_at(tile, x + samples[n, 0], y + samples[n, 1], z + samples[n, 2], cos, sin)
+        bony = min(max(np.float32(0.5) + (w - abs(f - c)) / (2 * soft), np.float32(0)), np.float32(1))
+        total += samples[n, 3] * bony
+    return total
 
 
-def sub_samples(matrix: np.ndarray, steps: tuple[int, int, int]) -> tuple[np.ndarray, float]:
-    """Offsets (n, 3) in tile voxels of a footprint's sub-samples, and the edge half width that suits their spacing.
+def sub_samples(matrix: np.ndarray, steps: tuple[int, int, int], profile: float = 0.0) -> tuple[np.ndarray, float]:
+    """Sub-samples (n, 4: offset in tile voxels, weight) of a footprint, and the edge half width that suits them.
 
-    matrix (3, 3): tile voxels per image index (i, j, k); steps: sub-samples along (i, j, k).
+    matrix (3, 3): tile voxels per image index (i, j, k); steps: sub-samples along (i, j, k). The footprint is a box
+    of one voxel; with `profile` > 0 a Gaussian of that FWHM (voxels) along k.
     """
-    i, j, k = np.meshgrid(*((np.arange(n) + 0.5) / n - 0.5 for n in steps), indexing="ij")
-    apart = np.linalg.norm(matrix, axis=0) / steps
+    reach = np.array([1.0, 1.0, 2 * profile or 1.0])
+    i, j, k = np.meshgrid(*(r * ((np.arange(n) + 0.5) / n - 0.5) for r, n in zip(reach, steps, strict=True)))
+    weight = np.exp(-4 * np.log(2) * (k / profile) ** 2) if profile else np.ones_like(k)
     offsets = np.stack([i.ravel(), j.ravel(), k.ravel()], axis=1) @ matrix.T
-    return offsets.astype(np.float32), float(SOFT_PER_VOXEL * apart.mean())
+    apart = np.linalg.norm(matrix, axis=0) * reach / steps
+    return np.c_[offsets, weight.ravel() / weight.sum()].astype(np.float32), float(SOFT_PER_VOXEL * apart.mean())
 
 
 @njit(cache=True)

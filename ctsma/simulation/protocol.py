@@ -1,6 +1,7 @@
 """The protocol: every constant and distribution of the simulated cohort, checked, drawn from, hashed."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from ctsma.cohort import InputFault
 
 PROTOCOL = Path(__file__).with_name("protocol.yaml")
+CALIBRATION = PROTOCOL.with_name("calibration.json")
 
 
 class Quantity(BaseModel):
@@ -68,6 +70,17 @@ def load_protocol(path: str | Path | None = None) -> dict[str, dict[str, Quantit
 def protocol_sha256(path: str | Path | None = None) -> str:
     """SHA-256 of the protocol file's bytes: goes into every results file."""
     return hashlib.sha256(Path(path or PROTOCOL).read_bytes()).hexdigest()
+
+
+def read_calibration() -> dict:
+    """Difficulty of the frozen protocol on several hundred knees, as `benchmarks/calibration.py` wrote it.
+
+    Holds `protocol_sha256`, which must be that of the protocol in use; InputFault where it is not.
+    """
+    found = json.loads(CALIBRATION.read_text())
+    if found["protocol_sha256"] != protocol_sha256():
+        raise InputFault(CALIBRATION, "measured under another protocol", "run benchmarks/calibration.py again")
+    return found
 
 
 def draw_subjects(protocol: dict, n_knees: int, seed: int) -> pd.DataFrame:

@@ -8,11 +8,13 @@ import numpy as np
 from ctsma.cohort import BONES
 
 from .anatomy import Template, grid_points, label_template, own_template, sample_grid
-from .microstructure import FINE_VOXELS, TILE_SIZE, level_half_width, make_tile, smooth_field
-from .protocol import z_score
+from .microstructure import FINE_VOXELS, TILE_SIZE, is_bone, level_half_width, make_tile, smooth_field
+from .protocol import load_protocol, z_score
 
 GRID_MM = 3.0  # spacing of the microstructure parameter grids (our choice: parameters vary over 10 mm)
 BOX_MM = {"femur": ((-51.0, -51.0, -15.0), (51.0, 51.0, 63.0)), "tibia": ((-51.0, -51.0, -66.0), (51.0, 51.0, 12.0))}
+THETA = (0.05, np.pi / 2 - 0.05)  # rad; mixing of the fine and the coarse field
+WARP_GRID_MM = 6.0
 WARP_BOX_MM = np.full(3, -102.0), np.full(3, 102.0)
 
 
@@ -47,7 +49,7 @@ class Subject:
 
     def fields(self, points: np.ndarray) -> dict[str, np.ndarray]:
         """Tissue distances (mm) at bone-frame points, through scale, warp and disease."""
-        moved = points + sample_grid(self.warp, WARP_BOX_MM[0], 6.0, points)
+        moved = points + displacement(self.warp, points)
         fields = {k: v * self.scale for k, v in self.template.sample(moved / self.scale).items()}
         return _diseased(fields, points, self.drawn)
 
@@ -65,8 +67,10 @@ def make_subject(knee: dict, protocol: dict, seed: list[int], anatomy: str | Pat
     for side in ("medial", "lateral"):
         drawn[f"loss_{side}"] = min(grade * ill[f"cartilage_loss_{side}"].value, 0.9)
     drawn |= {"plate_oa": grade * ill["plate_per_grade"].value, "osteophyte": grade * ill["osteophyte"].value}
+    drawn["susceptibility"] = protocol["mr"]["susceptibility"].draw(rng)
     tile = knee_tile(seed, *tile_shape(protocol))
-    subject = Subject(template, scale, _warp(body, rng), knee["side"] == "L", tile, {}, drawn, {})
+    warp = draw_warp(body["warp"].value, body["warp_wavelength"].value, rng)
+    subject = Subject(template, scale, warp, knee["side"] == "L", tile, {}, drawn, {})
     subject.cysts.update(_spots(subject, knee, ill, "cyst", rng))
     subject.bones.update(_bones(subject, knee, protocol, rng))
     return subject
@@ -92,11 +96,16 @@ def load_template(protocol: dict, anatomy: str | Path | None) -> Template:
     return own_template(*(body[n].value for n in ("gap", "cartilage_femur", "cartilage_tibia", "cartilage_patella")))
 
 
-def _warp(body: dict, rng: np.random.Generator) -> np.ndarray:
+def draw_warp(sd_mm: float, wavelength_mm: float, rng: np.random.Generator) -> np.ndarray:
     """Smooth displacement (z, y, x, 3) in mm on a 6 mm grid; kernel SD = wavelength / 5 (our choice)."""
-    n, length = int((WARP_BOX_MM[1] - WARP_BOX_MM[0])[0] / 6.0) + 1, body["warp_wavelength"].value / 5 / 6.0
-    fields = [body["warp"].value * smooth_field(rng, (n, n, n), length) for _ in range(3)]
+    n, length = int((WARP_BOX_MM[1] - WARP_BOX_MM[0])[0] / WARP_GRID_MM) + 1, wavelength_mm / 5 / WARP_GRID_MM
+    fields = [sd_mm * smooth_field(rng, (n, n, n), length) for _ in range(3)]
     return np.stack(fields, axis=-1).astype(np.float32)
+
+
+def displacement(warp: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Displacement (n, 3) mm of `draw_warp` at points (n, 3)."""
+    return sample_grid(warp, WARP_BOX_MM[0], WARP_GRID_MM, points)
 
 
 def _diseased(fields: dict, points: np.ndarray, drawn: dict) -> dict:
@@ -145,7 +154,7 @@ def _bone(subject, bone, common, severity, micro, ill, marrow, rng) -> Microstru
     bv_tv = np.clip(np.exp(log_bv_tv + micro["regional_variation"].value * regional), 0.05, 0.7)
     relative = np.log(bv_tv / 0.3)
     theta = micro["mixing"].draw(rng) + micro["mixing_regional"].value * mixed
-    theta = np.clip(theta + micro["mixing_per_log_bv_tv"].value * relative, 0.05, np.pi / 2 - 0.05)
+    theta = np.clip(theta + micro["mixing_per_log_bv_tv"].value * relative, *THETA)
     rodness = micro["rodness"].draw(rng) + micro["rodness_per_log_bv_tv"].value * relative
     rodness = np.clip(rodness + ill["rodness_per_severity"].value * severity, 0, 1.0)
     water = np.clip(marrow[0] + marrow[1] * wet, 0.02, 0.6)
@@ -153,14 +162,29 @@ def _bone(subject, bone, common, severity, micro, ill, marrow, rng) -> Microstru
         water += marrow[2] * np.exp(-0.5 * (np.linalg.norm(points - centre, axis=1) / (0.6 * radius)) ** 2)
     grid = np.stack([rodness, level_half_width(bv_tv, rodness), theta, np.minimum(water, 1)], -1).reshape(*shape, 4)
     scale = micro["wavelength_scale"].draw(rng) * np.exp(ill["wavelength_per_severity"].value * severity)
-    stretch = np.array([1, 1, 1 / micro["stretch"].draw(rng)])
-    # A geometric mean of 1 for the three axes keeps the spacing whatever the anisotropy.
-    stretch /= np.cbrt(stretch.prod())
-    matrix = np.diag(FINE_VOXELS / (micro["fine_wavelength"].value * scale) * stretch)
+    matrix = np.diag(FINE_VOXELS / (micro["fine_wavelength"].value * scale) * _axes(micro["stretch"].draw(rng)))
     # Far from 0, so that truncation is rounding down in the look-up.
     offset = rng.uniform(0, TILE_SIZE, 3) + 16 * TILE_SIZE
     origin = np.array(BOX_MM[bone][0])
     return Microstructure(np.c_[matrix, offset], np.ascontiguousarray(grid, np.float32), origin)
+
+
+def bone_cube(bv_tv: float, shape: tuple[int, int, int], voxel_mm: float, seed: int) -> np.ndarray:
+    """Trabecular bone (bool, z y x; load along z) of a mean knee at a given BV/TV, on voxels of `voxel_mm`."""
+    micro, relative = load_protocol()["microstructure"], np.log(bv_tv / 0.3)
+    theta, rodness = (micro[n].mean + micro[f"{n}_per_log_bv_tv"].value * relative for n in ("mixing", "rodness"))
+    theta, rodness = np.clip(theta, *THETA), np.clip(rodness, 0, 1)
+    tile = make_tile(np.random.default_rng(seed), *tile_shape({"microstructure": micro}))
+    points = np.argwhere(np.ones(shape, bool))[:, ::-1] * voxel_mm
+    points = points * FINE_VOXELS / micro["fine_wavelength"].value * _axes(micro["stretch"].mean)
+    values = (rodness, level_half_width(np.array(bv_tv), np.array(rodness)), theta)
+    return is_bone(tile, points, *(np.full(len(points), float(v)) for v in values)).reshape(shape)
+
+
+def _axes(stretch: float) -> np.ndarray:
+    """Tile voxels along x, y, z relative to their geometric mean, which keeps the spacing whatever the anisotropy."""
+    axes = np.array([1, 1, 1 / stretch])
+    return axes / np.cbrt(axes.prod())
 
 
 def _spots(subject: Subject, knee: dict, ill: dict, kind: str, rng: np.random.Generator) -> dict[str, np.ndarray]:

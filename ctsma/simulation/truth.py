@@ -8,8 +8,9 @@ import SimpleITK as sitk
 
 from ctsma.cohort import BONES, InputFault
 
+from .anatomy import label_points
 from .microstructure import is_bone
-from .scanners import Grid, apply
+from .painting import Grid, apply
 from .subject import Microstructure, Subject, knee_tile
 
 
@@ -43,6 +44,18 @@ class Truth:
         for ball in self.cysts[bone]:
             bony &= np.linalg.norm(points - ball[:3], axis=1) > ball[3]
         return bony
+
+    def sizes_mm(self) -> dict[str, float]:
+        """Breadth of femur and tibia (whole, left to right), depth of both condyles (front to back), in mm.
+
+        Measured on the bone labels in the bone's own axes; too small where the field of view cuts the bone.
+        """
+        femur, tibia = (self.bone_points(b, label_points(self.labels, v)) for b, v in BONES.items())
+        low = femur[femur[:, 2] < 45]  # below the shaft, where the condyles are
+        sizes = {"femur_breadth": np.ptp(low[:, 0]), "tibia_breadth": np.ptp(tibia[:, 0])}
+        for name, sign in (("medial", 1), ("lateral", -1)):
+            sizes[f"{name}_condyle_depth"] = np.ptp(low[sign * low[:, 0] > 10, 1])
+        return {name: float(size) for name, size in sizes.items()}
 
 
 def rigid_transform(matrix: np.ndarray) -> sitk.Euler3DTransform:
