@@ -144,7 +144,7 @@ def ranges(ax: Axes, found: pd.DataFrame, other: pd.DataFrame, title: str) -> Ax
         for part, colour, shift in ((entry, "#E69F00", -0.15), (other.loc[name], "#0072B2", 0.15)):
             ax.plot([part["ci_low"], part["ci_high"]], [row + shift] * 2, color=colour, linewidth=1.6)
             ax.plot(part["value"], row + shift, "o", color=colour, markersize=4)
-    names = [name.split(".")[-1] for name in found.index[::-1]]
+    names = [name.split(".")[-1].removeprefix("auc_") for name in found.index[::-1]]
     ax.set_yticks(range(len(found)), [LABELS.get(name, name.replace("_", " ")) for name in names])
     ax.set(title=title, ylim=(-0.6, len(found) - 0.4))
     return ax
