@@ -31,6 +31,7 @@ MIN_VOI = 0.25  # share of a patch that must be trabecular bone (our choice)
 FINE_MM = 0.125  # voxel on which truth is measured; trabeculae are 0.15 to 0.4 mm (our choice)
 LACKING = "trabecular bone fills less than a quarter"
 OUTSIDE = "leaves the MR field of view"
+NO_MARROW, MARROW_SHARE = "no marrow signal", 0.4  # of the knee's median patch; the coil varies by a fifth (our choice)
 
 
 @dataclass(frozen=True)
@@ -243,10 +244,17 @@ def _cut_and_write(
 
 
 def measured(mr: np.ndarray, voi: np.ndarray, definition: str, prefix: str) -> dict:
-    """The MR reference columns; NaN and a flag where a patch cannot be measured."""
+    """The MR reference columns of a knee's patches; NaN and a flag where one cannot be measured.
+
+    Noise alone (a signal void, or bone through and through) has texture too: a patch whose brightest voxels lie far
+    below those of the knee's other patches is flagged, since it holds no marrow to measure against.
+    """
     lacking, outside = voi.mean(axis=(1, 2, 3)) < MIN_VOI, np.isnan(mr).any(axis=(1, 2, 3))
     found = mr_biomarkers(np.nan_to_num(mr), voi, MR_SPACING_MM, definition=definition)
-    flag = np.where(lacking, LACKING, np.where(outside, OUTSIDE, np.asarray(found["flag"], dtype=object)))
+    bright = np.array([np.quantile(p[v], 0.95) if v.any() else 0 for p, v in zip(np.nan_to_num(mr), voi, strict=True)])
+    dark = bright < MARROW_SHARE * np.median(bright)
+    flag = np.where(dark, NO_MARROW, np.asarray(found["flag"], dtype=object))
+    flag = np.where(lacking, LACKING, np.where(outside, OUTSIDE, flag))
     columns = {f"{prefix}{name}": np.where(flag == "", found[name], np.nan) for name in BIOMARKERS}
     return columns | {f"{prefix}flag": flag}
 

@@ -151,3 +151,13 @@ def test_tokens_join_place_and_values_of_every_arm():
     assert list(tokens) == ["ct_only", "mr_reference"]
     assert tokens["ct_only"].loc[0, ["knee_id", "u", "bv_tv"]].tolist() == ["K2", 1.0, 0.1]
     assert tokens["mr_reference"]["bv_tv"].tolist() == [0.5]
+
+
+def test_a_patch_of_noise_among_good_ones_is_flagged_and_not_measured():
+    rng = np.random.default_rng(0)
+    bone = rng.random((4, *patches.MR_SHAPE)) < 0.3
+    signal = np.where(bone, 0.0, 500.0) * np.array([1.0, 0.8, 1.2, 0.0])[:, None, None, None]  # the last has no marrow
+    mr = np.hypot(signal + 30 * rng.standard_normal(bone.shape), 30 * rng.standard_normal(bone.shape))
+    found = patches.measured(mr, np.ones(bone.shape, bool), "plate", "")
+    assert list(found["flag"]) == ["", "", "", patches.NO_MARROW]
+    assert np.isnan(found["bv_tv"][3]) and np.isfinite(found["bv_tv"][:3]).all()

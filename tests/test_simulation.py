@@ -358,3 +358,18 @@ def test_our_knee_has_the_proportions_of_a_real_one(real_data):
         volumes.append([(part[..., FIELDS.index(n)] < 0).sum() * scale**3 for n in ("femur", "tibia", "patella")])
     assert volumes[0] == pytest.approx(volumes[1], rel=0.25)  # two people of one breadth differ by as much
     assert _posterior_radii(templates[0]) == pytest.approx(_posterior_radii(templates[1]), rel=0.12)
+
+
+def test_a_full_disk_leaves_no_knee_that_a_later_run_takes_for_whole(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ctsma.simulation.knees._write_truth", full)
+        with pytest.raises(InputFault, match="No space left"):
+            write_cohort(tmp_path / "a", "small", 1, 5, FIELD_MM)
+    assert not (tmp_path / "a" / "small.csv").exists()
+    write_cohort(tmp_path / "a", "small", 1, 5, FIELD_MM)
+    write_cohort(tmp_path / "b", "small", 1, 5, FIELD_MM)
+    for name in ("images/k0000_ct.nii.gz", "images/k0000_mr.nii.gz", "truth/k0000.npz", "small.csv"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name

@@ -118,7 +118,7 @@ def mr_biomarkers(
     small", "not finite", "no contrast", "too little bone", "too much bone", "inverted contrast" (7 to 9 in 10
     inverted patches; also bone of BV/TV above 0.5, which looks the same).
     Noise alone, a patch without any marrow, is its own reference and reads about 0.65 without a flag: only a
-    given `marrow` tells it ("too much bone").
+    `marrow` from elsewhere tells. `patches.measured` compares with the knee's other patches, and flags it.
 
     Raises
     ------
