@@ -1,5 +1,8 @@
 """Registration: known motions come back, the same bits every run, faults are said, wrong MR is noticed."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -22,6 +25,7 @@ from ctsma.registration import (
 )
 from ctsma.registration.quality import mutual_information
 from ctsma.registration.stages import centre_of, recentred, rigid
+from ctsma.simulation import protocol_sha256
 
 CT_SPACING_MM, MR_SPACING_MM = (0.9, 0.9, 1.0), (0.5, 0.5, 1.0)
 ELLIPSOIDS = {  # centre and radii in mm, LPS: two condyles and a shaft, a plateau and a shaft, a patella
@@ -231,3 +235,12 @@ def test_isotropic_keeps_physical_coordinates():
     ramp = isotropic(filled_like(image, points_of(image)[..., 2]), 0.8)
     inner = (slice(3, -3),) * 3  # beyond the outermost centres the ramp is extrapolated
     np.testing.assert_allclose(sitk.GetArrayFromImage(ramp)[inner], points_of(ramp)[inner][..., 2], atol=1e-3)
+
+
+def test_the_published_study_of_the_flag_is_of_the_frozen_protocol_and_rises_with_the_error():
+    found = json.loads((Path(__file__).parents[1] / "docs" / "results" / "registration_flag.json").read_text())
+    assert found["protocol_sha256"] == protocol_sha256()
+    shares = [part["flagged"] for part in found["by_error"]]
+    assert shares == sorted(shares)
+    assert shares[0] <= 0.05 and shares[-1] >= 0.95  # aligned knees pass, those off by 5 mm do not
+    assert all(area["ci_low"] > 0.5 for area in found["auc_of_error_above_1_mm"].values())
