@@ -20,12 +20,13 @@ import yaml
 from ctsma import biomarkers, cohort, patches, simulation
 from ctsma.difficulty import difficulty
 from ctsma.simulation import knees as scans
-from ctsma.simulation.painting import make_grid, tissue_fields
+from ctsma.simulation.painting import COARSE_MM, make_grid, tissue_fields
 from ctsma.simulation.protocol import PROTOCOL
 from ctsma.simulation.subject import make_subject
 from ctsma.simulation.truth import Truth, rigid_transform
 
 MARGIN_MM = {"ct": 6.0, "mr": 6.5, "mr_rescan": 6.5}  # field of view beyond a patch: kernels, rotation, k-space seam
+GRIDS = {"ct": (patches.CT_SHAPE, patches.CT_SPACING_MM), "mr": (patches.MR_SHAPE, patches.MR_SPACING_MM)}
 SPECIMEN_MM = 0.0456  # voxel of the micro-CT cylinder (its header says 1 mm)
 OUT = PROTOCOL.with_name("calibration.json")
 KEPT = ("severity_", "kl_")  # the label itself and what it depends on; all else of `disease` is an effect
@@ -48,12 +49,10 @@ def scanned(knee: dict, folder: Path, *, seed: int, per: int, truths: int, resca
         arrays["voi"].append(patches.trabecular_region(labels, bone, centre, knee["side"]))
         for name in names:
             move = rigid_transform(poses[name][bone] @ np.linalg.inv(poses["ct"][bone]))
-            field = np.array([9.0, 10.5, 10.5]) + MARGIN_MM[name]
+            field = np.multiply(patches.CT_SHAPE, patches.CT_SPACING_MM) + MARGIN_MM[name]
             grid = make_grid(field, grids[name].spacing, grids[name].direction, np.array(move.TransformPoint(centre)))
             image, _ = scans.scan(subject, poses[name], grid, name, drawn[name], rng)
-            shape = patches.CT_SHAPE if name == "ct" else patches.MR_SHAPE
-            spacing = patches.CT_SPACING_MM if name == "ct" else patches.MR_SPACING_MM
-            arrays[name].append(patches.cut(image, centre, knee["side"], shape, spacing, move))
+            arrays[name].append(patches.cut(image, centre, knee["side"], *GRIDS["ct" if name == "ct" else "mr"], move))
     arrays = {name: np.array(stack) for name, stack in arrays.items()}
     for name in names[1:]:
         table = table.assign(**patches.measured(arrays[name], arrays["voi"], "plate", name[3:] and "rescan_"))
@@ -71,7 +70,7 @@ def bone_labels(subject, poses: dict, grid) -> sitk.Image:
     bone = coarse[:2].min(axis=0)
     named = np.stack([bone, coarse[0] - coarse[1], coarse[2] - bone - 1e-3], axis=-1)
     image = sitk.GetImageFromArray(named, isVector=True)
-    image.SetSpacing((1.25,) * 3)
+    image.SetSpacing((COARSE_MM,) * 3)
     image.SetOrigin(grid.origin.tolist())
     fine = grid.image(np.zeros(grid.size[::-1], np.uint8))
     distance, difference, other = np.moveaxis(sitk.GetArrayFromImage(sitk.Resample(image, fine)), -1, 0)

@@ -21,6 +21,7 @@ from ctsma.diagnosis import auc_delong
 from ctsma.registration import target_registration_error_mm
 from ctsma.registration.masks import isotropic
 from ctsma.registration.quality import bone_checks, reason_to_flag
+from ctsma.simulation.truth import rigid_transform
 
 SHIFTS_MM, TURNS_DEG = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0), (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 BINS_MM = (0.0, 0.1, 0.3, 0.6, 1.0, 1.5, 2.5, 5.0, 20.0)
@@ -31,15 +32,13 @@ def moved(true: sitk.Euler3DTransform, points: np.ndarray, shift_mm: float, turn
     """The transform followed by a shift in a random direction and a turn about a random axis through the bone."""
     axis, direction = (v / np.linalg.norm(v) for v in rng.standard_normal((2, 3)))
     turn = sitk.VersorRigid3DTransform()
-    turn.SetCenter(np.array(true.TransformPoint(points.mean(axis=0).tolist())).tolist())
+    turn.SetCenter(true.TransformPoint(points.mean(axis=0).tolist()))
     turn.SetRotation(axis.tolist(), float(np.deg2rad(turn_deg)))
     turn.SetTranslation((shift_mm * direction).tolist())
-    matrix = np.reshape(turn.GetMatrix(), (3, 3)) @ np.reshape(true.GetMatrix(), (3, 3))
-    found = sitk.Euler3DTransform()
-    found.SetMatrix(matrix.ravel().tolist(), 1e-6)
-    origin = np.array(turn.TransformPoint(true.TransformPoint((0.0, 0.0, 0.0))))
-    found.SetTranslation(origin.tolist())  # centre 0: the image of the origin is the translation
-    return found
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.reshape(turn.GetMatrix(), (3, 3)) @ np.reshape(true.GetMatrix(), (3, 3))
+    matrix[:3, 3] = turn.TransformPoint(true.TransformPoint((0.0, 0.0, 0.0)))  # the image of the origin
+    return rigid_transform(matrix)
 
 
 def one_knee(knee: dict, run: Path, root: str, seed: int) -> list[dict]:
