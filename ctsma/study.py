@@ -223,6 +223,9 @@ def _execute(path: Path, step: dict, say: Callable[[str], None]) -> float:
         except papermill.PapermillExecutionError as error:
             place = f"cell [{error.exec_count}] failed with {error.ename}: {error.evalue}"
             raise StageFailed(f"{stage}: {place}; the notebook as far as it came: {partial}") from error
+        except RuntimeError as error:  # nbclient's DeadKernelError, or a kernel that never answered
+            mend = "free memory or give --jobs 1, and run the same command again: it goes on where this one stopped"
+            raise StageFailed(f"{stage}: its process died (killed, or out of memory); {mend}") from error
     partial.replace(path / "notebooks" / f"{stage}.ipynb")
     return time.perf_counter() - started
 
