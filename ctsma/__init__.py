@@ -2,7 +2,7 @@
 
 Rooms, left to right; a room imports only rooms to its left:
 cohort, simulation, registration, biomarkers, patches, networks, distillation, agreement, diagnosis, figures,
-study, report, cli.
+intake, study, report, cli.
 """
 
 __version__ = "0.1.0"

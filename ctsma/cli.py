@@ -1,4 +1,4 @@
-"""The command line: run, status, simulate, check-data, report. Exit codes: 0 good, 1 found faults or a stage
+"""The command line: run, status, simulate, import, check-data, report. Exit codes: 0 good, 1 found faults or a stage
 failed, 2 the user's input cannot be used, 130 stopped by the user."""
 
 import argparse
@@ -42,10 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--name", default="quick", help="folder below runs/")
     status.set_defaults(command=_status)
     _add_simulate(commands.add_parser("simulate", help="write a simulated cohort to disk"))
-    check = commands.add_parser("check-data", help="check a manifest and every image it names")
-    check.add_argument("manifest", help="CSV of knees; columns: data_manifest/datapackage.json")
-    check.add_argument("--root", help="folder the image paths are relative to (default: the manifest's)")
-    check.set_defaults(command=_check_data)
+    _add_import(commands.add_parser("import", help="make a cohort without identities of a DICOM export"))
+    _add_check_data(commands.add_parser("check-data", help="every fault of every knee of a manifest"))
     report = commands.add_parser("report", help="write a run's HTML report again")
     report.add_argument("--name", default="quick", help="folder below runs/")
     report.add_argument("--readme", help="also renew the results table of this README")
@@ -75,6 +73,28 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--anatomy", help="label map to grow the knees from")
     parser.add_argument("--jobs", type=int, default=2)
     parser.set_defaults(command=_simulate)
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="tree of mixed DICOM files")
+    parser.add_argument("--out", required=True, help="folder of the cohort, made or extended")
+    parser.add_argument("--choice", help="CSV that overrides the choice of series (default: OUT-choice.csv)")
+    parser.add_argument("--choose", action="store_true", help="write that CSV, to be edited, and stop")
+    parser.add_argument("--side", choices=["L", "R"], help="of the series that do not say it")
+    parser.add_argument("--echo", type=int, help="of multi-echo MR (default: the shortest)")
+    parser.add_argument("--site", default="", help="for the manifest's column site")
+    parser.add_argument("--salt-file", help="secret of the pseudonyms, made if absent (default: OUT.salt)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
+    parser.set_defaults(command=_import)
+
+
+def _add_check_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("manifest", help="CSV of knees; columns: data_manifest/datapackage.json")
+    parser.add_argument("--root", help="folder the image paths are relative to (default: the manifest's)")
+    parser.add_argument("--quick", action="store_true", help="read the images only: no bones, no registration")
+    parser.add_argument("--out", help="also write the table to this CSV")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
+    parser.set_defaults(command=_check_data)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -142,18 +162,47 @@ def _simulate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_data(arguments: argparse.Namespace) -> int:
-    from .cohort import check_data, read_manifest
+def _import(arguments: argparse.Namespace) -> int:
+    from .intake import choose, import_dicom
 
-    table = check_data(read_manifest(arguments.manifest, arguments.root))
+    given = {"salt_file": arguments.salt_file or f"{arguments.out}.salt", "side": arguments.side}
+    given |= {"choice_file": arguments.choice or f"{arguments.out}-choice.csv", "echo": arguments.echo}
+    with _Screen() as say:
+        if arguments.choose:
+            done = choose(arguments.folder, arguments.out, **given)
+            say(f"choice: {given['choice_file']} (edit take and side, then the same command without --choose)")
+        else:
+            given |= {"site": arguments.site, "n_jobs": arguments.jobs, "report": say}
+            done = import_dicom(arguments.folder, arguments.out, **given)
+    _say_import(done)
+    return 1 if done.table["status"].isin(["failed", "refused"]).any() else 0
+
+
+def _say_import(done) -> None:
+    columns = ["subject", "side", "modality", "series_number", "n_images", "thickness_mm", "kernel", "echo", "status"]
+    print(done.table[[*columns, "note"]].to_string(index=False, na_rep=""))
+    for reason, count in sorted(done.skipped.items()):
+        print(f"{count} files skipped: {reason}")
+    counts = done.table["status"].value_counts()
+    print(", ".join(f"{count} series {status}" for status, count in counts.items()))
+    if done.manifest:
+        print(f"manifest: {done.manifest} (fill in oa and kl_grade, then ctsma check-data {done.manifest})")
+
+
+def _check_data(arguments: argparse.Namespace) -> int:
+    from .cohort import read_manifest, write_text
+    from .intake import check_knees
+
+    manifest = read_manifest(arguments.manifest, arguments.root)
+    with _Screen() as say:
+        table = check_knees(manifest, deep=not arguments.quick, n_jobs=arguments.jobs, report=say)
     for row in table.to_dict("records"):
-        print(
-            f"{row['knee_id']}  {row['column']:10}",
-            row["fault"] or f"good: {row['size']} at {row['spacing_mm']} mm",
-        )
-    faults = int((table["fault"] != "").sum())
-    print(f"{len(table)} images, {faults} with a fault")
-    return 1 if faults else 0
+        print("{knee_id}  {column:10}{level:8} {check}: {finding}".format(**row))
+    if arguments.out:
+        write_text(arguments.out, table.to_csv(index=False))
+    fatal, warnings = (int((table["level"] == level).sum()) for level in ("fatal", "warning"))
+    print(f"{len(manifest)} knees, {fatal} fatal findings, {warnings} warnings")
+    return 1 if fatal else 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from ctsma.cohort.provenance import imports
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "ctsma"
 ROOMS = ["cohort", "simulation", "registration", "biomarkers", "patches", "networks", "distillation"]
-ROOMS += ["agreement", "diagnosis", "difficulty", "figures", "study", "report", "cli"]
+ROOMS += ["agreement", "diagnosis", "difficulty", "figures", "intake", "study", "report", "cli"]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 
