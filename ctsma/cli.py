@@ -100,7 +100,7 @@ def _add_check_data(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from . import report, study
 
-    path = Path("runs") / (arguments.name or arguments.profile)
+    path = _run_folder(arguments.name or arguments.profile)
     if arguments.dry_run:
         _say_plan(study.plan(path, arguments.profile, _overrides(arguments), arguments.start), arguments.profile)
         return 0
@@ -112,6 +112,12 @@ def _run(arguments: argparse.Namespace) -> int:
             return STUDY_FAILED
         say(f"report: {report.write_report(path)}")
     return 0
+
+
+def _run_folder(name: str) -> Path:
+    if Path(name).name != name or name in ("", "."):
+        raise InputFault(f"--name {name}", "is not the name of one folder below runs/", "give a name without / and ..")
+    return Path("runs") / name
 
 
 def _overrides(arguments: argparse.Namespace) -> dict:
@@ -142,7 +148,7 @@ def _say_plan(steps: list[dict], profile: str) -> None:
 def _status(arguments: argparse.Namespace) -> int:
     from .study import status
 
-    for row in status(Path("runs") / arguments.name):
+    for row in status(_run_folder(arguments.name)):
         seconds = f"{row['seconds']:.0f} s" if row["seconds"] else ""
         print(f"{row['stage']:28}{row['state']:16}{seconds:>8}  {row['finished'] or ''}")
     return 0
@@ -175,7 +181,7 @@ def _import(arguments: argparse.Namespace) -> int:
             given |= {"site": arguments.site, "n_jobs": arguments.jobs, "report": say}
             done = import_dicom(arguments.folder, arguments.out, **given)
     _say_import(done)
-    return 1 if done.table["status"].isin(["failed", "refused"]).any() else 0
+    return 1 if done.table["status"].isin(["failed", "refused"]).any() or not done.table["take"].any() else 0
 
 
 def _say_import(done) -> None:
@@ -185,6 +191,8 @@ def _say_import(done) -> None:
         print(f"{count} files skipped: {reason}")
     counts = done.table["status"].value_counts()
     print(", ".join(f"{count} series {status}" for status, count in counts.items()))
+    if not {"imported", "chosen"} & set(counts.index):
+        print("no series came in: column note says why; ctsma import --choose writes a table to choose from")
     if done.manifest:
         print(f"manifest: {done.manifest} (fill in oa and kl_grade, then ctsma check-data {done.manifest})")
 
@@ -208,7 +216,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from . import report
 
-    path = Path("runs") / arguments.name
+    path = _run_folder(arguments.name)
     print(report.write_report(path))
     if arguments.readme:
         report.update_readme(arguments.readme, path / "results")

@@ -71,14 +71,16 @@ def apply_choice(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     Raises InputFault: not such a file, a stack that is not in the tree, a take that is not 0 or 1, a side not L or R.
     """
     try:
-        given = pd.read_csv(path, dtype=str, keep_default_na=False).set_index("stack", verify_integrity=True)
+        given = pd.read_csv(path, dtype=str, keep_default_na=False).set_index("stack")
         take, side = given["take"].map({"0": False, "1": True}), given["side"]
     except (KeyError, ValueError, UnicodeDecodeError) as error:
         raise InputFault(path, "is not a choice file", "remove it, and the import writes it again") from error
     if unknown := sorted(set(given.index) - set(table["stack"])):
         raise InputFault(path, f"names stack {', '.join(unknown[:3])}, which is not in the tree", "remove its row")
-    if take.isna().any() or not side.isin(["", "L", "R"]).all():
-        raise InputFault(path, "has a take that is not 0 or 1, or a side that is not L or R", "correct it")
+    if not given.index.is_unique or take.isna().any() or not side.isin(["", "L", "R"]).all():
+        raise InputFault(
+            path, "names a stack twice, or has a take that is not 0 or 1, or a side that is not L or R", "correct it"
+        )
     table, named = table.copy(), table["stack"].isin(given.index)
     changed = named & (table["take"] != table["stack"].map(take).fillna(False).astype(bool))
     table["take"] = table["stack"].map(take).fillna(False).astype(bool)

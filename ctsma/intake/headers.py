@@ -6,32 +6,14 @@ from pathlib import Path
 
 import pandas as pd
 import pydicom
+import yaml
 
 from ctsma.cohort import InputFault, content_key
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar", ".gz", ".iso")
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # SOP classes that begin so are screen copies (PS3.4 annex B.5)
-# Every header element that is read at all: this whitelist is the de-identification. Those of the second line identify
-# a person or an examination; they are turned into pseudonym, age or shifted date, and never written.
-TECHNICAL = [
-    *(
-        "Modality",
-        "SOPClassUID",
-        "ImageType",
-        "BurnedInAnnotation",
-        "NumberOfFrames",
-        "Rows",
-        "Columns",
-        "PixelSpacing",
-    ),
-    *("ImagePositionPatient", "ImageOrientationPatient", "SliceThickness", "ConvolutionKernel", "KVP", "EchoNumbers"),
-    *("EchoTime", "RepetitionTime", "FlipAngle", "MagneticFieldStrength", "ScanningSequence", "SequenceName"),
-    *("SeriesNumber", "BodyPartExamined", "Laterality", "ImageLaterality", "ReceiveCoilName", "Manufacturer"),
-    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "PulseSequenceName", "PatientSex"),
-]
-IDENTIFYING = ["PatientID", "PatientName", "PatientBirthDate", "PatientAge", "PatientSize", "PatientWeight"]
-IDENTIFYING += ["StudyDate", "SeriesDescription", "ProtocolName", "StudyDescription"]
-IDENTIFYING += ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"]
+WHITELIST = yaml.safe_load(Path(__file__).with_name("whitelist.yaml").read_text())
+READ = [*WHITELIST["technical"], *WHITELIST["identifying"]]
 
 
 def scan(folder: str | Path) -> tuple[pd.DataFrame, Counter]:
@@ -40,7 +22,7 @@ def scan(folder: str | Path) -> tuple[pd.DataFrame, Counter]:
     Returns
     -------
     images : one row an image (a frame of a multi-frame file): `file`, `frame` (None or its number), `stack` (key of
-        series, echo, orientation and matrix) and the elements of TECHNICAL and IDENTIFYING.
+        series, echo, orientation and matrix) and the elements of the whitelist.
     skipped : how many files were left out, by reason.
 
     Raises
@@ -72,7 +54,7 @@ def scan(folder: str | Path) -> tuple[pd.DataFrame, Counter]:
 def removed_elements(file: str | Path) -> list[str]:
     """Names (never values) of the header elements of a file that are not carried over, private ones as "private"."""
     data = pydicom.dcmread(file, stop_before_pixels=True)
-    kept = set(TECHNICAL) - {"BodyPartExamined", "ImageLaterality", "Laterality"}
+    kept = set(WHITELIST["technical"])
     return sorted({"private" if e.tag.is_private else e.keyword or str(e.tag) for e in data} - kept)
 
 
@@ -100,8 +82,8 @@ def _files(folder: Path, skipped: Counter) -> list[Path]:
 
 def _read(file: Path, skipped: Counter) -> dict | None:
     try:
-        data = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*TECHNICAL, *IDENTIFYING])
-        header = {name: data[name].value for name in (*TECHNICAL, *IDENTIFYING) if name in data}
+        data = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=READ)
+        header = {name: data[name].value for name in READ if name in data}
     except pydicom.errors.InvalidDicomError:
         skipped["not DICOM"] += 1
         return None
@@ -130,7 +112,7 @@ def _flat(groups: pydicom.Dataset) -> dict:
     found = {element.keyword: element.value for item in inner for element in item if element.VR != "SQ"}
     renamed = {"EffectiveEchoTime": "EchoTime", "FrameLaterality": "ImageLaterality", "FrameType": "ImageType"}
     found |= {new: found[old] for old, new in renamed.items() if found.get(old) is not None}
-    return {name: value for name, value in found.items() if name in (*TECHNICAL, "RescaleSlope", "RescaleIntercept")}
+    return {name: value for name, value in found.items() if name in {*READ, *WHITELIST["frame"]}}
 
 
 def _named(image: dict) -> dict:

@@ -45,6 +45,11 @@ def new_uid(salt: bytes, uid: str) -> str:
     return f"2.25.{int.from_bytes(_digest(salt, 'uid', uid)[:16])}"
 
 
+def salted_key(salt: bytes, text: str) -> str:
+    """Ten hexadecimal digits for a series."""
+    return _digest(salt, "series", text)[:5].hex()
+
+
 def shifted_date(salt: bytes, identity: str, day: str) -> str:
     """A date "YYYYMMDD" moved back by the person's own number of days, as ISO text; "" where it is no date."""
     shift = 1 + int.from_bytes(_digest(salt, "date", identity)[:4]) % MAX_SHIFT_DAYS

@@ -25,30 +25,12 @@ from ctsma.cohort import (
 from ctsma.cohort.manifest import SCHEMA
 
 from .choice import apply_choice, person, stacks, write_choice
-from .headers import removed_elements, scan
-from .identity import age_years, new_uid, read_salt, salt_mark, shifted_date
+from .headers import WHITELIST, removed_elements, scan
+from .identity import age_years, new_uid, read_salt, salt_mark, salted_key, shifted_date
 from .knees import split_knees
 
-KEPT = [
-    "ConvolutionKernel",
-    "KVP",
-    "SliceThickness",
-    "EchoTime",
-    "RepetitionTime",
-    "FlipAngle",
-    "MagneticFieldStrength",
-]
-KEPT += ["Manufacturer", "BodyPartExamined"]  # technical elements that the log repeats
-FRAME = ["Rows", "Columns", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient"]
-FRAME += ["RescaleSlope", "RescaleIntercept", "EchoTime", "EchoNumbers"]
-PIXELS = [
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "BitsAllocated",
-    "BitsStored",
-    "HighBit",
-    "PixelRepresentation",
-]
+PIXELS = ["SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit"]
+PIXELS += ["PixelRepresentation"]  # what a pixel of a frame is
 
 
 @dataclass(frozen=True)
@@ -92,9 +74,11 @@ def import_dicom(
     images, skipped = scan(folder)
     salt = read_salt(salt_file, out)
     _check_cohort(out, salt)
+    images = _salted(images, salt)
     table = stacks(images, salt, side, echo)
     table = apply_choice(table, choice_file) if choice_file and Path(choice_file).exists() else table
-    tasks = _tasks(images, table[table["take"]], salt)
+    groups, taken = dict(list(images.groupby("stack"))), table[table["take"]].to_dict("records")
+    tasks = pd.DataFrame([_task(stack, groups[stack["stack"]], salt) for stack in taken])
     if tasks.empty:
         return Imported(table.assign(status=_status(table, {})), skipped, None)
     done = map_knees(import_stack, tasks, out / "records", {"root": str(out)}, n_jobs=n_jobs, report=report)
@@ -125,7 +109,8 @@ def choose(
     if path.resolve().is_relative_to(Path(out).resolve()):
         raise InputFault(path, "names folders and lies inside the cohort", "give --choice outside it")
     images, skipped = scan(folder)
-    table = stacks(images, read_salt(salt_file, out), side, echo)
+    salt = read_salt(salt_file, out)
+    table = stacks(_salted(images, salt), salt, side, echo)
     write_choice(table, path)
     return Imported(table.assign(status=_status(table, None)), skipped, None)
 
@@ -171,28 +156,29 @@ def _check_cohort(out: Path, salt: bytes) -> None:
         raise InputFault(log.parent, "was imported with another salt, so that one person would get two names", mend)
 
 
-def _tasks(images: pd.DataFrame, taken: pd.DataFrame, salt: bytes) -> pd.DataFrame:
-    """One row a chosen stack, as `map_knees` wants it: knee_id is the stack's own name."""
-    rows = []
-    for row in taken.to_dict("records"):
-        group = images[images["stack"] == row["stack"]]
-        header = {k: v for k, v in group.iloc[0].items() if v is not None and v == v}
-        files = [(file, frame) for file, frame in zip(group["file"], group["frame"], strict=True)]
-        frames = [
-            {n: _plain(v) for n, v in part.items() if n in FRAME and v is not None}
-            for part in group[group["frame"].notna()].to_dict("records")
-        ]
-        stats = [Path(file).stat() for file in dict.fromkeys(group["file"])]
-        stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-        identity = person(header)
-        rows.append({"knee_id": f"{row['subject']}-{row['modality'].lower()}-{row['stack']}"})
-        rows[-1] |= {"stack": row["stack"], "subject": row["subject"], "modality": row["modality"]}
-        rows[-1] |= {"side": row["side"], "slices": json.dumps(files), "frames": json.dumps(frames)}
-        rows[-1] |= {"stamps": json.dumps(stamps), "age": age_years(header), **_body(header)}
-        rows[-1] |= {"date": shifted_date(salt, identity, str(header.get("StudyDate", "")))}
-        rows[-1] |= {"series": new_uid(salt, str(header["SeriesInstanceUID"]))}
-        rows[-1] |= {"technical": json.dumps({n: _plain(header[n]) for n in KEPT if n in header})}
-    return pd.DataFrame(rows)
+def _salted(images: pd.DataFrame, salt: bytes) -> pd.DataFrame:
+    """Stacks named by the salt too: without it nobody can tell which series of an archive a file was."""
+    return images.assign(stack=[salted_key(salt, key) for key in images["stack"]])
+
+
+def _task(stack: dict, images: pd.DataFrame, salt: bytes) -> dict:
+    """A chosen stack as a row for `map_knees`: knee_id is the stack's own name, nested parts are JSON text."""
+    header = {k: v for k, v in images.iloc[0].items() if v is not None and v == v}
+    slices = list(zip(images["file"], images["frame"], strict=True))
+    frames = [_known(part, "frame") for part in images[images["frame"].notna()].to_dict("records")]
+    stats = [Path(file).stat() for file in dict.fromkeys(images["file"])]
+    nested = {"slices": slices, "frames": frames, "technical": _known(header, "logged")}
+    nested |= {"stamps": [(stat.st_size, stat.st_mtime_ns) for stat in stats]}
+    task = {"knee_id": f"{stack['subject']}-{stack['modality'].lower()}-{stack['stack']}"}
+    task |= {name: stack[name] for name in ("stack", "subject", "modality", "side")}
+    task |= {"age": age_years(header), **_body(header), "series": new_uid(salt, str(header["SeriesInstanceUID"]))}
+    task |= {"date": shifted_date(salt, person(header), str(header.get("StudyDate", "")))}
+    return task | {name: json.dumps(value) for name, value in nested.items()}
+
+
+def _known(header: dict, part: str) -> dict:
+    """The elements of a part of the whitelist that a header holds, as plain numbers and texts."""
+    return {n: _plain(header[n]) for n in WHITELIST[part] if header.get(n) is not None and header[n] == header[n]}
 
 
 def _body(header: dict) -> dict:

@@ -10,10 +10,10 @@ from ctsma.registration.masks import BONE_HU, MASK_SPACING_MM, isotropic
 ONE_KNEE_MM = 140.0  # bone broader than this is more than one knee: tibiae are 60 to 95 mm broad (our choice)
 GAP_MM = 10.0  # least breadth without bone between two knees (our choice)
 FEW = 0.02  # of the densest column: less bone than this is noise, a table edge or a cable (our choice)
-BELOW_MM = 10.0  # the fibula's head lies this far below the plateau (Pietrzak: 8 to 15 mm; our choice)
-FIBULA_MM3 = (400.0, 60_000.0)  # of what the field of view shows of it; 10.4 cm3 in one real knee (our choice)
-LATERAL_MM = 12.0  # least distance of the fibula from the tibia's middle, left to right (our choice)
-THIN_ERODE_MM = 1.0
+BELOW_MM = 12.0  # the fibula is looked for this far below the plateau (our choice)
+FIBULA_MM2 = (40.0, 700.0)  # its axial area: 140 to 290 mm2 in 24 simulated knees (our choice)
+LATERAL_MM = 15.0  # its least distance from the tibia's middle, left to right: 29 to 39 mm in these (our choice)
+FEWEST = 5  # slices of 1 mm that must show it (our choice)
 
 
 def split_knees(ct: sitk.Image) -> dict[str, sitk.Image]:
@@ -38,16 +38,12 @@ def split_knees(ct: sitk.Image) -> dict[str, sitk.Image]:
         mend = "crop it to one volume a knee (3D Slicer: Crop Volume) and list these in a manifest"
         raise InputFault("CT", "shows bone too broad for one knee, and no gap between two", mend)
     middle = (bony[at] + bony[at + 1]) / 2 * coarse.GetSpacing()[0]
-    return _halves(sitk.DICOMOrient(ct, "LPS"), round(middle / ct_spacing(ct)))
+    return _halves(sitk.DICOMOrient(ct, "LPS"), middle)
 
 
-def ct_spacing(ct: sitk.Image) -> float:
-    """Voxel size of a CT from right to left, in mm."""
-    return sitk.DICOMOrient(ct, "LPS").GetSpacing()[0]
-
-
-def _halves(ct: sitk.Image, at: int) -> dict[str, sitk.Image]:
+def _halves(ct: sitk.Image, middle_mm: float) -> dict[str, sitk.Image]:
     width, *rest = ct.GetSize()
+    at = round(middle_mm / ct.GetSpacing()[0])
     parts = {"R": (0, at), "L": (at, width - at)}
     return {side: sitk.RegionOfInterest(ct, [size, *rest], [start, 0, 0]) for side, (start, size) in parts.items()}
 
@@ -61,22 +57,23 @@ def side_of(ct: sitk.Image, masks: sitk.Image) -> str:
     """
     coarse = isotropic(sitk.DICOMOrient(ct, "LPS"), MASK_SPACING_MM)
     labels = sitk.GetArrayFromImage(sitk.Resample(masks, coarse, sitk.Transform(), sitk.sitkNearestNeighbor))
-    tibia = labels == BONES["tibia"]
-    if not tibia.any():
+    levels = np.flatnonzero((labels == BONES["tibia"]).any(axis=(1, 2)))
+    if not len(levels):
         return ""
-    z, y, x = (axis.astype(float) for axis in np.nonzero(tibia))
-    bone = (sitk.GetArrayViewFromImage(coarse) > BONE_HU) & ~ndimage.binary_dilation(labels > 0, iterations=2)
-    bone[int(z.max() - BELOW_MM / MASK_SPACING_MM) :] = False  # above the head of the fibula: patella, femur
-    pieces, n = ndimage.label(ndimage.binary_closing(bone, iterations=2))
-    found = [_lateral(pieces == k, (x.mean(), y.mean())) for k in range(1, n + 1)]
-    found = [(size, offset) for size, offset in found if FIBULA_MM3[0] < size < FIBULA_MM3[1]]
-    if not found or abs(offset := max(found)[1]) < LATERAL_MM:
+    shaft = sitk.GetArrayViewFromImage(coarse)[: max(0, round(levels[-1] - BELOW_MM / MASK_SPACING_MM))]
+    offsets = [offset for level in shaft for offset in _beside_tibia(level > BONE_HU)]
+    if len(offsets) < FEWEST or abs(offset := float(np.median(offsets))) < LATERAL_MM:
         return ""
-    return "R" if offset < 0 else "L"  # lateral is away from the body: -x in a right knee
+    return "R" if offset < 0 else "L"  # lateral is away from the other leg: -x in a right knee
 
 
-def _lateral(piece: np.ndarray, middle: tuple[float, float]) -> tuple[float, float]:
-    """Volume in mm3 of a piece (0 where it lies in front of the tibia) and its distance in x from it in mm."""
-    z, y, x = np.nonzero(piece)
-    behind = y.mean() > middle[1]
-    return float(len(x) * MASK_SPACING_MM**3 * behind), float((x.mean() - middle[0]) * MASK_SPACING_MM)
+def _beside_tibia(bone: np.ndarray) -> list[float]:
+    """Distance in x (mm) from the largest bone of an axial slice to those of a fibula's size behind it."""
+    pieces, n = ndimage.label(ndimage.binary_opening(ndimage.binary_fill_holes(bone)))
+    if n < 2:
+        return []
+    area = np.bincount(pieces.ravel())[1:] * MASK_SPACING_MM**2
+    y, x = np.transpose(ndimage.center_of_mass(pieces > 0, pieces, range(1, n + 1)))
+    tibia = int(area.argmax())
+    fibula = (area > FIBULA_MM2[0]) & (area < FIBULA_MM2[1]) & (y > y[tibia]) & (area < area[tibia])
+    return ((x - x[tibia]) * MASK_SPACING_MM)[fibula].tolist()
