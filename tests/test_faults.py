@@ -1,0 +1,603 @@
+"""Bad inputs, one by one: what is given, what is said, the exit code, what is left on disk. Then what can break.
+
+`python tests/test_faults.py > docs/bad_inputs.md` writes the table of the documents.
+"""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+
+sys.path.insert(0, str(Path(__file__).parent))  # to be run as a script too
+from dicom_export import edit, header, small, write_multiframe, write_series
+
+from ctsma import cli, cohort, intake, study
+
+REPOSITORY = Path(__file__).parents[1]
+COLUMNS = "knee_id,subject_id,side,ct,mr,oa,kl_grade,age,sex,bmi,site,ct_sha256,mr_sha256"
+IMPORT = ["import", "in", "--out", "out"]
+CHECK = ["check-data", "cohort.csv", "--quick"]
+DEEP = ["check-data", "cohort.csv"]
+NOTHING, SALT = (), ("out.salt",)
+RECORD = ("out.salt", "out/import_log.json", "out/records/*.json")
+COHORT = (*RECORD, "out/cohort.csv", "out/images/*.nii.gz")
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One bad input: `make` puts it into the working folder; then `command`, the words that must be said, and so on."""
+
+    given: str
+    make: Callable[[], object]
+    command: list[str]
+    said: str
+    code: int
+    left: tuple[str, ...] = NOTHING  # patterns of the files that are there afterwards and were not before
+
+
+# ---------------------------------------------------------------- makers
+def series(where="in/a", image=None, **tags):
+    return lambda: write_series(Path(where), image or small(), **tags)
+
+
+def both(*makers):
+    return lambda: [make() for make in makers]
+
+
+def spoilt(change, **tags):
+    """A good series, then `change(files)`."""
+    return lambda: change(write_series(Path("in/a"), small(), **tags))
+
+
+def text(path, content="not an image"):
+    return lambda: (Path(path).parent.mkdir(parents=True, exist_ok=True), Path(path).write_text(content))
+
+
+def truncated(file, keep):
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * keep)])
+
+
+def manifest(*rows, header_line=COLUMNS):
+    return text("cohort.csv", "\n".join([header_line, *rows]) + "\n")
+
+
+def row(ct="ct.nii.gz", mr="", knee="K1", person="S1", side="R", sums=","):
+    return f"{knee},{person},{side},{ct},{mr},,,,,,,{sums}"
+
+
+def nifti(array, name="ct.nii.gz", spacing=(0.5, 0.5, 0.7)):
+    def make():
+        image = sitk.GetImageFromArray(np.asarray(array, np.float32), isVector=False)
+        image.SetSpacing(spacing[: image.GetDimension()] + (1.0,) * (image.GetDimension() - 3))
+        sitk.WriteImage(image, name)
+
+    return make
+
+
+def knee_ct(shape=(12, 30, 30)):
+    return np.linspace(-120, 1300, int(np.prod(shape))).reshape(shape)
+
+
+def changed(array, value, n=1):
+    array = array.copy()
+    array.ravel()[:n] = value
+    return array
+
+
+def link(path, target):
+    return lambda: (Path(path).parent.mkdir(parents=True, exist_ok=True), Path(path).symlink_to(target))
+
+
+def imported(**tags):
+    """A cohort that an earlier import made."""
+
+    def make():
+        write_series(Path("in/a"), small(), **tags)
+        assert cli.main(IMPORT) == 0
+
+    return make
+
+
+def multiframe_jpeg_ls():
+    file = write_multiframe(Path("in/all"), small())
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.4.80"[:20], 1))
+
+
+def broad():
+    """Bone from one side of a 300 mm field to the other."""
+    array = np.full((20, 60, 150), 60.0)
+    array[:, 15:45, 5:145], array[:, :5] = 900.0, -100.0
+    image = sitk.GetImageFromArray(array.astype(np.int16))
+    image.SetSpacing((2.0, 2.0, 1.25))
+    return image
+
+
+def tilted(files):
+    for number, file in enumerate(files):
+        edit(file, ImagePositionPatient=[-20.0, 5.0 + 0.3 * number, 40.0 + 1.25 * number])
+
+
+def screen_copy(files):
+    for file in files:
+        edit(file, SOPClassUID="1.2.840.10008.5.1.4.1.1.7")
+
+
+def zipped():
+    with zipfile.ZipFile("in", "w") as archive:
+        archive.writestr("a", "b")
+    Path("in").rename("export.zip")
+
+
+def tarred():
+    with tarfile.open("export.tar.gz", "w:gz"):
+        pass
+
+
+def doubled(files):
+    edit_copy = files[3].with_name("copy")
+    shutil.copy(files[3], edit_copy)
+    edit(edit_copy, SOPInstanceUID="1.2.3.99")
+
+
+def salted(content, mode=0o600):
+    return both(series(), text("out.salt", content), lambda: Path("out.salt").chmod(mode))
+
+
+def dicomdir():
+    data = header("CT", "1.2.3.1", "1.2.3", np.zeros((10, 9), np.int16))
+    del data.SeriesInstanceUID, data.Rows, data.Columns
+    Path("in").mkdir()
+    data.save_as("in/DICOMDIR", enforce_file_format=True)
+
+
+def linked_slice():
+    files = write_series(Path("root/ct"), small())
+    files[0].rename("outside")
+    files[0].symlink_to(Path("outside").resolve())
+    Path("root/cohort.csv").write_text(f"{COLUMNS}\n{row('ct')}\n")
+
+
+def earlier_run():
+    Path("runs/quick").mkdir(parents=True)
+    state = {"stages": {}, "profile": "tiny", "protocol_sha256": study.protocol_sha256(), "cohort": "simulated"}
+    Path("runs/quick/state.json").write_text(json.dumps(state))
+
+
+GOOD = nifti(knee_ct())
+BAD = [
+    # -------- ctsma import
+    Bad("a folder that is not there", lambda: None, IMPORT, "in: does not exist; give the folder", 2),
+    Bad(
+        "a zip archive", zipped, ["import", "export.zip", "--out", "out"], "is a file, not a folder; unpack it first", 2
+    ),
+    Bad("a tar archive", tarred, ["import", "export.tar.gz", "--out", "out"], "not a folder; unpack it first", 2),
+    Bad("one file in place of a folder", text("in"), IMPORT, "is a file, not a folder; give the folder", 2),
+    Bad("an empty folder", lambda: Path("in").mkdir(), IMPORT, "holds no DICOM image (it is empty)", 2),
+    Bad("a folder of other files", text("in/notes.txt"), IMPORT, "holds no DICOM image (1 not DICOM)", 2),
+    Bad("a DICOMDIR and no images", dicomdir, IMPORT, "(1 DICOM without an image series (DICOMDIR))", 2),
+    Bad(
+        "an archive inside the tree",
+        both(series(), text("in/more.zip")),
+        IMPORT,
+        "1 files skipped: archive, not opened: unpack it first",
+        0,
+        COHORT,
+    ),
+    Bad(
+        "a link out of the tree",
+        both(series(), text("secret"), link("in/b", "../secret")),
+        IMPORT,
+        "1 files skipped: link that leads out of the tree",
+        0,
+        COHORT,
+    ),
+    Bad("a broken link", both(series(), link("in/b", "none")), IMPORT, "1 files skipped: broken link", 0, COHORT),
+    Bad(
+        "a link to a folder",
+        both(series(), series("other", series="1.9"), link("in/b", "../other")),
+        IMPORT,
+        "1 files skipped: link to a folder, not followed",
+        0,
+        COHORT,
+    ),
+    Bad(
+        "the same series twice in the tree",
+        spoilt(lambda files: shutil.copytree("in/a", "in/b")),
+        IMPORT,
+        "10 files skipped: the same image twice in the tree",
+        0,
+        COHORT,
+    ),
+    Bad(
+        "a slice that ends in its header",
+        spoilt(lambda files: truncated(files[5], 0.2)),
+        IMPORT,
+        "uneven slices: a gap of 2.50 mm after slice 5",
+        1,
+        RECORD,
+    ),
+    Bad(
+        "a slice that ends in its pixels",
+        spoilt(lambda files: truncated(files[5], 0.9)),
+        IMPORT,
+        "cannot be read as a DICOM series (a truncated slice); export it again",
+        1,
+        RECORD,
+    ),
+    Bad("a missing slice", spoilt(lambda f: f[4].unlink()), IMPORT, "a gap of 2.50 mm after slice 4", 1, RECORD),
+    Bad("a doubled slice", spoilt(doubled), IMPORT, "uneven slices: a gap of 0.00 mm", 1, RECORD),
+    Bad("a tilted gantry", spoilt(tilted), IMPORT, "has a gantry tilt of 13.5 degrees; resample it upright", 1, RECORD),
+    Bad("five slices", series(image=small(5)), IMPORT, "a localiser or fragment: 5 images", 1, SALT),
+    Bad(
+        "a localiser",
+        series(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]),
+        IMPORT,
+        "a localiser or fragment: 10 images",
+        1,
+        SALT,
+    ),
+    Bad(
+        "burned-in annotation",
+        series(BurnedInAnnotation="YES"),
+        IMPORT,
+        "burned-in annotation is declared: blacken it",
+        1,
+        SALT,
+    ),
+    Bad("a screen copy", spoilt(screen_copy), IMPORT, "a secondary capture (a screen copy)", 1, SALT),
+    Bad("an ultrasound", series(modality="US"), IMPORT, "modality US", 1, SALT),
+    Bad("an ankle", series(BodyPartExamined="ANKLE"), IMPORT, "body part ANKLE, not a knee", 1, SALT),
+    Bad("no side", series(Laterality=None), IMPORT, "does not say which knee it shows; give --side L or", 1, RECORD),
+    Bad(
+        "slices without position",
+        spoilt(lambda files: [edit(file, ImagePositionPatient=None) for file in files]),
+        IMPORT,
+        "no slice position: export the original slices",
+        1,
+        SALT,
+    ),
+    Bad(
+        "a CT without rescale",
+        series(RescaleIntercept=0),
+        IMPORT,
+        "it is not a CT of bone in HU; apply the rescale slope",
+        1,
+        RECORD,
+    ),
+    Bad("an image of one value", series(image=small() * 0), IMPORT, "is constant (every voxel 0)", 1, RECORD),
+    Bad("frames that cannot be decoded", multiframe_jpeg_ls, IMPORT, "decompress it first (gdcmconv --raw)", 1, RECORD),
+    Bad(
+        "two knees whose bones touch",
+        series(image=broad(), Laterality=None),
+        IMPORT,
+        "crop it to one volume a knee",
+        1,
+        RECORD,
+    ),
+    Bad(
+        "an echo that is not there",
+        both(
+            series(modality="MR", image=small() + 200, EchoNumbers=1, EchoTime=6.0),
+            series("in/b", small() + 200, modality="MR", series="1.2.3.7", EchoNumbers=2, EchoTime=12.0),
+            lambda: [edit(file, SeriesInstanceUID="1.2.3") for file in Path("in/b").iterdir()],
+        ),
+        [*IMPORT, "--echo", "7"],
+        "echo 1 of 2; --echo 1 takes it",
+        1,
+        SALT,
+    ),
+    Bad(
+        "the salt inside the cohort",
+        series(),
+        [*IMPORT, "--salt-file", "out/salt"],
+        "lies inside the cohort, which may be passed on; give --salt-file outside it",
+        2,
+    ),
+    Bad("a salt that others can read", salted("x" * 64, 0o644), IMPORT, "can be read by others; run chmod 600", 2),
+    Bad("a salt of five bytes", salted("12345"), IMPORT, "holds 5 bytes; remove it to make a new salt", 2),
+    Bad(
+        "another salt than the cohort's",
+        imported(),
+        [*IMPORT, "--salt-file", "other"],
+        "was imported with another salt, so that one person would get two names",
+        2,
+        ("other",),
+    ),
+    Bad(
+        "the choice inside the cohort",
+        series(),
+        [*IMPORT, "--choose", "--choice", "out/choice.csv"],
+        "names folders and lies inside the cohort; give --choice outside it",
+        2,
+    ),
+    Bad(
+        "a choice made before",
+        both(series(), text("out-choice.csv")),
+        [*IMPORT, "--choose"],
+        "exists already; edit it and import, or remove it",
+        2,
+    ),
+    Bad("a choice that is none", both(series(), text("out-choice.csv")), IMPORT, "is not a choice file", 2, SALT),
+    Bad(
+        "a choice of another tree",
+        both(series(), text("out-choice.csv", "take,stack,side\n1,beef,R\n")),
+        IMPORT,
+        "names stack beef, which is not in the tree; remove its row",
+        2,
+        SALT,
+    ),
+    Bad(
+        "a manifest of the cohort that was spoilt",
+        both(series(), text("out/cohort.csv", "knee_id\nK1\n")),
+        IMPORT,
+        "column subject_id is missing",
+        2,
+        SALT,
+    ),
+    Bad(
+        "a second CT of a knee that has one",
+        both(imported(SliceThickness=3.0), series("in/b", small(12), series="1.2.4", SliceThickness=0.6)),
+        IMPORT,
+        "has another CT already; set take of one of them to 0",
+        1,
+        ("out/records/*.json", "out/images/*.nii.gz"),
+    ),
+    # -------- ctsma check-data
+    Bad("no manifest", lambda: None, CHECK, "does not exist; give the path of a manifest CSV", 2),
+    Bad("a manifest that is no table", lambda: Path("cohort.csv").write_bytes(b"\xff\xfe\0"), CHECK, "not a CSV", 2),
+    Bad("an empty manifest", text("cohort.csv", ""), CHECK, "is not a CSV table; save it as", 2),
+    Bad("a column too few", manifest(header_line=COLUMNS.replace(",bmi", "")), CHECK, "column bmi is missing", 2),
+    Bad("a misspelt column", manifest(header_line=COLUMNS + ",kl"), CHECK, "column kl is unknown", 2),
+    Bad("one name for two knees", manifest(row(), row(person="S2")), CHECK, "K1 breaks", 2),
+    Bad("one knee twice", manifest(row(), row(knee="K2")), CHECK, "one_row_per_subject_and_side", 2),
+    Bad("a side in words", manifest(row(side="right")), CHECK, "row 2: side = right breaks", 2),
+    Bad("a name with a path in it", manifest(row(knee="../K1")), CHECK, "knee_id = ../K1 breaks", 2),
+    Bad("a knee without images", manifest(row(ct="")), CHECK, "ct_or_mr_is_given", 2),
+    Bad("a path out by ..", manifest(row("../x.nii.gz")), CHECK, "leads out of the cohort's root", 2),
+    Bad("an absolute path", manifest(row("/etc/passwd")), CHECK, "leads out of the cohort's root", 2),
+    Bad("a path out by a link", both(manifest(row("l/x")), link("l", "/")), CHECK, "leads out of the cohort's root", 2),
+    Bad(
+        "a link out inside a DICOM folder",
+        linked_slice,
+        ["check-data", "root/cohort.csv", "--quick"],
+        "is a link out of the cohort's root; put the file itself there",
+        1,
+    ),
+    Bad("an image that is not there", manifest(row()), CHECK, "does not exist; correct the path in the manifest", 1),
+    Bad(
+        "half a NIfTI file",
+        both(manifest(row()), GOOD, lambda: truncated(Path("ct.nii.gz"), 0.5)),
+        CHECK,
+        "cannot be read as an image (truncated, or of another format)",
+        1,
+    ),
+    Bad("text named as NIfTI", both(manifest(row()), text("ct.nii.gz")), CHECK, "cannot be read as an image", 1),
+    Bad("a checksum that differs", both(manifest(row(sums=f"{'f' * 64},")), GOOD), CHECK, "differs from ct_sha256", 1),
+    Bad("NaN", both(manifest(row()), nifti(changed(knee_ct(), np.nan))), CHECK, "holds 1 NaN or infinite voxels", 1),
+    Bad("raw values, not HU", both(manifest(row()), nifti(knee_ct() + 1024)), CHECK, "not a CT of bone in HU", 1),
+    Bad("an MR as CT", both(manifest(row()), nifti(abs(knee_ct()))), CHECK, "list an MR in column mr", 1),
+    Bad(
+        "a CT as MR",
+        both(manifest(row("", "ct.nii.gz")), nifti(knee_ct() * 2)),
+        CHECK,
+        "has values down to -240, as a CT has",
+        1,
+    ),
+    Bad("four dimensions", both(manifest(row()), nifti(np.zeros((2, 9, 9, 9)))), CHECK, "has 4 dimensions", 1),
+    Bad("five slices of CT", both(manifest(row()), nifti(knee_ct((5, 30, 30)))), CHECK, "only 5 slices of 8", 1),
+    Bad(
+        "a voxel of a micrometre",
+        both(manifest(row()), nifti(knee_ct(), spacing=(0.001, 0.5, 0.5))),
+        CHECK,
+        "correct the spacing in its header",
+        1,
+    ),
+    Bad(
+        "slices of 3 mm",
+        both(manifest(row()), nifti(knee_ct(), spacing=(0.5, 0.5, 3.0))),
+        CHECK,
+        "slices every 3 mm hold little texture; export the thin reconstruction",
+        0,
+    ),
+    Bad(
+        "metal",
+        both(manifest(row()), nifti(changed(knee_ct(), 3071, 99))),
+        CHECK,
+        "as metal does; leave the knee out if it has an implant",
+        0,
+    ),
+    Bad(
+        "padding outside the scanner's circle",
+        both(manifest(row()), nifti(changed(knee_ct(), -2000))),
+        CHECK,
+        "values down to -2000 HU are padding, not air",
+        0,
+    ),
+    Bad(
+        "no bone",
+        both(manifest(row()), nifti(changed(np.where(knee_ct() < 0, -100, 40), 300))),
+        DEEP,
+        "holds no bone above 250 HU",
+        1,
+    ),
+    Bad("bone without a joint", both(manifest(row()), GOOD), DEEP, "does not show femur above tibia", 1),
+    Bad(
+        "two knees in one volume",
+        both(manifest(row()), lambda: nifti(two_blocks(), spacing=(2.0, 2.0, 1.25))()),
+        DEEP,
+        "two knees are in view; give one volume a knee",
+        1,
+    ),
+    # -------- ctsma run, status, report, simulate
+    Bad("an unknown profile", lambda: None, ["run", "--profile", "fast"], "profile fast: is unknown; choose one of", 2),
+    Bad("an unknown parameter", lambda: None, ["run", "--set", "epoch=1"], "did you mean epochs", 2),
+    Bad("a parameter of another type", lambda: None, ["run", "--set", "epochs=many"], "not of type int", 2),
+    Bad("an unknown stage", lambda: None, ["run", "--from", "09"], "stage 09: is unknown; choose one of", 2),
+    Bad("a run's name with a path in it", lambda: None, ["run", "--name", "../x"], "give a name without / and ..", 2),
+    Bad("a run of no manifest", lambda: None, ["run", "--manifest", "none.csv"], "none.csv: does not exist", 2),
+    Bad(
+        "a run whose manifest leads out",
+        manifest(row("../x.nii.gz")),
+        ["run", "--manifest", "cohort.csv"],
+        "leads out of the cohort's root",
+        2,
+    ),
+    Bad("no label map", lambda: None, ["run", "--anatomy", "none.nrrd"], "does not exist; give the path of a label", 2),
+    Bad("a folder of another profile", earlier_run, ["run"], "choose another --name, or remove the folder", 2),
+    Bad(
+        "a damaged state", text("runs/quick/state.json", "{"), ["run"], "finished knees and models are still reused", 2
+    ),
+    Bad("the status of no run", lambda: None, ["status", "--name", "none"], "give the name of a run below runs/", 2),
+    Bad("the report of no run", lambda: None, ["report", "--name", "none"], "run the study first: ctsma run", 2),
+]
+
+
+def two_blocks():
+    array = np.full((20, 60, 150), 60.0)
+    array[:, 15:45, 10:50], array[:, 15:45, 100:140], array[:, :5] = 900.0, 900.0, -100.0
+    return array
+
+
+@pytest.mark.parametrize("bad", BAD, ids=[bad.given.replace(" ", "-") for bad in BAD])
+def test_bad_input(bad, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bad.make()
+    capsys.readouterr()
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    code = cli.main(bad.command)
+    said = capsys.readouterr()
+    assert bad.said in said.out + said.err
+    assert code == bad.code
+    assert "Traceback" not in said.err
+    assert all(not data or path.name == "import_log.json" or path.read_bytes() == data for path, data in before.items())
+    new = [path for path in tmp_path.rglob("*") if path not in before and path.is_file()]
+    expected = {path for pattern in bad.left for path in tmp_path.glob(pattern)}
+    assert set(new) <= expected
+    assert all(any(path.match(pattern) for path in new) for pattern in bad.left)
+
+
+def test_there_are_many_and_each_is_another():
+    assert len({bad.given for bad in BAD}) == len(BAD) >= 40
+
+
+def test_the_table_of_the_documents_is_this_one():
+    assert (REPOSITORY / "docs" / "bad_inputs.md").read_text() == table()
+
+
+# ---------------------------------------------------------------- what can break
+def ctsma(*arguments, cwd, **options):
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "ctsma.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, **options)
+
+
+def noisy_export(folder):
+    noise = np.random.default_rng(0).integers(-500, 1500, (12, 60, 60)).astype(np.int16)
+    write_series(folder, sitk.GetImageFromArray(noise))
+
+
+@pytest.mark.parametrize("bytes_left", [60_000, 500])
+def test_a_full_disk_is_said_and_the_same_command_goes_on(tmp_path, bytes_left):
+    """No file may grow beyond a limit: the image (60 kB and more) or already the first record."""
+    noisy_export(tmp_path / "in")
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, bytes_left))}
+    full = ctsma(*IMPORT, cwd=tmp_path, **limit)
+    assert full.returncode == 1, full.stderr
+    assert "Traceback" not in full.stderr
+    assert "space left" in full.stdout or "goes on where it stopped" in full.stderr
+    assert not (tmp_path / "out" / "cohort.csv").exists()
+    assert cli.main(["import", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    assert not cohort.check_data(cohort.read_manifest(tmp_path / "out" / "cohort.csv"))["fault"].any()
+
+
+def test_an_error_of_the_disk_is_one_sentence(monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/quick/state.json")
+
+    monkeypatch.setattr(study, "run", full)
+    assert cli.main(["run"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("runs/quick/state.json: No space left on device; ")
+    assert said.count("\n") == 1
+
+
+def die_once(knee, folder):
+    """Case function: the first knee takes its whole process with it, the first time."""
+    mark = Path(folder) / "died.txt"
+    if knee["knee_id"] == "K1" and not mark.exists():
+        mark.write_text("")
+        os._exit(9)
+    return {"value": 1}
+
+
+def test_a_worker_that_dies_costs_one_run_and_no_finished_knee(tmp_path):
+    knees = pd.DataFrame({"knee_id": ["K0", "K1", "K2", "K3"]})
+    cohort.map_knees(die_once, knees[:1], tmp_path, {})
+    before = (tmp_path / "K0.json").stat().st_mtime_ns
+    with pytest.raises(RuntimeError, match="worker process .* was unexpectedly terminated"):
+        cohort.map_knees(die_once, knees, tmp_path, {}, n_jobs=2)
+    assert list(cohort.map_knees(die_once, knees, tmp_path, {}, n_jobs=2)["error"]) == [""] * 4
+    assert (tmp_path / "K0.json").stat().st_mtime_ns == before
+
+
+def test_a_kernel_that_dies_is_one_sentence(tmp_path, monkeypatch, capsys):
+    notebook = {"cells": [], "metadata": {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}}
+    code = {"cell_type": "code", "execution_count": None, "outputs": [], "id": "a"}
+    given = "run_dir: str = 'none'  # folder\nprofile: str = 'quick'  # name"
+    notebook["cells"].append(code | {"metadata": {"tags": ["parameters"]}, "source": given})
+    notebook["cells"].append(code | {"id": "b", "metadata": {}, "source": "import os\nos._exit(9)"})
+    (tmp_path / "01_first.ipynb").write_text(json.dumps(notebook | {"nbformat": 4, "nbformat_minor": 5}))
+    monkeypatch.setattr(study, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(study, "OUTPUTS", {"01_first": ()})
+    profile = {"minutes": {"01_first": 1}, "disk_gb": 1, "parameters": {}}
+    monkeypatch.setattr(study, "profiles", lambda: {"quick": profile})
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run"]) == 1
+    assert "01_first: its process died (killed, or out of memory); free memory" in capsys.readouterr().err
+
+
+def test_import_and_check_need_no_network(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise AssertionError("a socket was asked for")
+
+    monkeypatch.setattr(socket, "socket", refused)
+    write_series(tmp_path / "in", small())
+    done = intake.import_dicom(tmp_path / "in", tmp_path / "out", salt_file=tmp_path / "salt")
+    assert not intake.check_knees(cohort.read_manifest(done.manifest), deep=False)["level"].eq("fatal").any()
+
+
+def table():
+    """The bad inputs as a Markdown table."""
+    lines = ["# What is refused, what is said, what is left", ""]
+    lines += [
+        "Each row is a test (tests/test_faults.py, which writes this page). Exit codes: 0 said and gone on, 1 faults"
+    ]
+    lines += [
+        "found, 2 the input cannot be used at all. *Left* are the new files; nothing that was there is changed.",
+        "",
+    ]
+    lines += ["| given | command | said (part of it) | exit | left |", "| --- | --- | --- | --- | --- |"]
+    for bad in BAD:
+        command = " ".join(["ctsma", *bad.command])
+        left = ", ".join(f"`{name}`" for name in bad.left) or "nothing"
+        lines.append(f"| {bad.given} | `{command}` | {bad.said} | {bad.code} | {left} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table())
