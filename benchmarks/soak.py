@@ -2,7 +2,8 @@
 
     python benchmarks/soak.py --kills 20
 
-First a run that nobody disturbs. Then the same run in another folder: each stage is killed equally often, at a moment
+The simulation's kernels are compiled first: numba's code differs in the last bits between the process that compiles it
+and those that load it from its cache. Then a run that nobody disturbs. Then the same run in another folder: each stage is killed equally often, at a moment
 drawn evenly over the time the stage took undisturbed. The victim is drawn too: the command alone (its kernel lives on
 for a second), its kernel, or the whole process group at once, as when the machine loses power. Writes
 docs/results/soak.json: every kill, which results differ afterwards (seconds and times left out), and which finished
@@ -106,6 +107,7 @@ def main() -> None:
     rng, kills, twice = np.random.default_rng(given.seed), [], set()
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
+        simulation.write_cohort(base / "compiled", "one", 1, given.seed, (90.0, 64.0, 56.0), 1)
         finished(started(base, "calm"))
         calm, run = base / "runs" / "calm", base / "runs" / "disturbed"
         seconds = {row["stage"]: row["seconds"] for row in study.status(calm)}
