@@ -3,9 +3,9 @@
     python benchmarks/soak.py --kills 20
 
 The simulation's kernels are compiled first: numba's code differs in the last bits between the process that compiles it
-and those that load it from its cache. Then a run that nobody disturbs. Then the same run in another folder: each stage is killed equally often, at a moment
-drawn evenly over the time the stage took undisturbed. The victim is drawn too: the command alone (its kernel lives on
-for a second), its kernel, or the whole process group at once, as when the machine loses power. Writes
+and those that load it from its cache. Then a run that nobody disturbs. Then the same run in another folder: each stage
+is killed equally often, at a moment drawn evenly over the time the stage took undisturbed. The victim is drawn too: the
+command alone, its kernel, or the whole process group at once, as when the machine loses power. Writes
 docs/results/soak.json: every kill, which results differ afterwards (seconds and times left out), and which finished
 knees or models were computed twice.
 """
