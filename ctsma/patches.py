@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from .biomarkers import ct_threshold_biomarkers, morphometry, mr_biomarkers
 from .cohort import BIOMARKERS, BONES, COMPARTMENTS, InputFault, read_knee_volume
-from .registration import read_transforms
+from .registration import bone_masks, read_transforms
 from .simulation import Truth, read_truth
 
 MR_SHAPE, MR_SPACING_MM = (12, 48, 48), (0.75, 0.21875, 0.21875)
@@ -31,6 +31,7 @@ MIN_VOI = 0.25  # share of a patch that must be trabecular bone (our choice)
 FINE_MM = 0.125  # voxel on which truth is measured; trabeculae are 0.15 to 0.4 mm (our choice)
 LACKING = "trabecular bone fills less than a quarter"
 OUTSIDE = "leaves the MR field of view"
+OUTSIDE_CT = "leaves the CT field of view"
 NO_MARROW, MARROW_SHARE = "no marrow signal", 0.4  # of the knee's median patch; the coil varies by a fifth (our choice)
 
 
@@ -61,6 +62,16 @@ def knee_patches(
         rescan = read_knee_volume(knee, "mr_rescan", root)
         pairs["rescan_"] = rescan, read_transforms(registration_folder, f"{knee['knee_id']}_rescan")
     return _cut_and_write(knee, folder, ct, masks, pairs, n_per_compartment, seed, definition)
+
+
+def ct_patches(knee: dict, folder: Path, *, root: str, n_per_compartment: int, seed: int) -> dict:
+    """Cut the patches of a knee that has a CT and no usable MR (for `map_knees`); writes files as `knee_patches`.
+
+    The bones are found in the CT alone, so the patches lie where they would lie with an MR. Nothing is measured on
+    them but `naive`. InputFault where the CT does not show the joint.
+    """
+    ct = read_knee_volume(knee, "ct", root)
+    return _cut_and_write(knee, folder, ct, bone_masks(ct), {}, n_per_compartment, seed, "")
 
 
 def true_patches(
@@ -191,6 +202,23 @@ def load_patches(folder: str | Path, usable: bool = True) -> Patches:
     return Patches(table, **{name: np.concatenate(parts) for name, parts in arrays.items()})
 
 
+def load_ct_patches(folder: str | Path, knee_ids: Sequence[str]) -> Patches:
+    """Usable patches of the named knees without MR, as `ct_patches` cut them; `mr` is zero. May be empty."""
+    table, ct, voi = [], [np.zeros((0, *CT_SHAPE), np.float16)], [np.zeros((0, *MR_SHAPE), bool)]
+    for file in (Path(folder) / f"{knee_id}_table.csv" for knee_id in knee_ids):
+        if not file.exists():
+            continue  # its CT could not be cut; the row of `map_knees` says why
+        rows = pd.read_csv(file, dtype={"knee_id": "str", "subject_id": "str"})
+        rows = rows[rows["flag"].isna()]
+        with np.load(file.with_name(file.name.replace("_table.csv", ".npz"))) as stored:
+            ct.append(stored["ct"][rows["patch_id"].to_numpy()])
+            voi.append(stored["voi"][rows["patch_id"].to_numpy()])
+        table.append(rows)
+    columns = ["knee_id", "subject_id", "patch_id", "compartment", "u", "v", "w"]
+    table = pd.concat(table, ignore_index=True) if table else pd.DataFrame(columns=columns)
+    return Patches(table, np.zeros((len(table), *MR_SHAPE), np.float16), np.concatenate(ct), np.concatenate(voi))
+
+
 def load_rescans(folder: str | Path, table: pd.DataFrame) -> np.ndarray:
     """The second MR (n, 12, 48, 48) of the patches in `table`; KeyError for a knee that has none."""
     stacks = []
@@ -236,6 +264,9 @@ def _cut_and_write(
         stack = [cut(mr, c, knee["side"], MR_SHAPE, MR_SPACING_MM, transforms[bone]) for bone, c in places]
         arrays[f"{prefix}mr"] = np.array(stack)
         table = table.assign(**measured(arrays[f"{prefix}mr"], arrays["voi"], definition, prefix))
+    if not pairs:
+        beyond = np.where(np.isnan(arrays["ct"]).any(axis=(1, 2, 3)), OUTSIDE_CT, "")
+        table["flag"] = np.where(arrays["voi"].mean(axis=(1, 2, 3)) < MIN_VOI, LACKING, beyond)
     table = table.assign(**naive(arrays["ct"], arrays["voi"]))
     table.to_csv(Path(folder) / f"{knee['knee_id']}_table.csv", index=False)
     stored = {name: a.astype(bool if name == "voi" else np.float16) for name, a in arrays.items()}

@@ -25,7 +25,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 OUTPUTS = {
     "01_cohort": ("cohort", "calibration", "results/cohort.json"),
     "02_registration_qa": ("registration", "results/registration.json"),
-    "03_distillation_training": ("patches", "models", "results/distillation.json"),
+    "03_distillation_training": ("patches", "ct_only", "models", "results/distillation.json"),
     "04_icc_agreement": ("results/agreement.json",),
     "05_roc_diagnosis": ("results/diagnosis.json",),
 }

@@ -1,6 +1,6 @@
 """A CT network learns the biomarkers under an MR network; beside it the arms that show what distillation adds."""
 
-from .arms import cross_validate, recipes_of
+from .arms import cross_validate, predict_unpaired, recipes_of
 from .baseline import ct_features, hu_regression
 from .checkpoints import load_model
 from .losses import TERMS, Lesson, distillation_loss

@@ -81,6 +81,34 @@ def cross_validate(
     return pd.concat([f for arm in arms for f in found if f["arm"].iloc[0] == arm], ignore_index=True)
 
 
+def predict_unpaired(
+    patches: Patches, splits: pd.DataFrame, arms: Sequence[str], seed: int, folder: str | Path
+) -> pd.DataFrame:
+    """Predict patches of knees that have no usable MR, by the trained networks of their subjects' folds.
+
+    Parameters
+    ----------
+    patches : of `load_ct_patches`; arms : networks that read the CT (others are left out).
+    splits, seed, folder : as given to `cross_validate`, which trained them.
+
+    Returns
+    -------
+    DataFrame as of `cross_validate`. The network of a subject's fold never saw the subject, nor its other knee.
+    """
+    unknown = np.full((len(patches.table), len(BIOMARKERS)), np.nan)
+    examples = Examples(patches.table, unknown, patches.ct.astype(np.float32), patches.mr, patches.voi, None)
+    folds, parts = splits.set_index("subject_id")["fold"].loc[patches.table["subject_id"]].to_numpy(), []
+    for arm in (arm for arm in arms if arm not in (RIDGE, TEACHER)):
+        for fold in np.unique(folds):
+            model, record = load_model(Path(folder) / f"{arm}_fold{fold}_seed{seed}")
+            own, settings = np.flatnonzero(folds == fold), Settings(**record["settings"])
+            rows = patches.table.iloc[own][["knee_id", "subject_id", "patch_id"]].reset_index(drop=True)
+            rows[list(BIOMARKERS)] = predict(model, record["role"], examples, own, record["scale"], settings)
+            parts.append(rows.assign(arm=arm, fold=fold, seed=seed))
+    columns = ["arm", "fold", "seed", "knee_id", "subject_id", "patch_id", *BIOMARKERS]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
 def prepare(patches: Patches, detail: bool) -> Examples:
     """What every fold shares: MR over its bright marrow, and its bone volume fraction where `detail` is learned."""
     mr, region, fraction = patches.mr.astype(np.float32), patches.voi.astype(bool), None
