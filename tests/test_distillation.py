@@ -1,6 +1,7 @@
 """Distillation: losses in closed form, no leakage, resume, bit-identical runs, and that something is learned."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -206,3 +207,33 @@ def test_bad_input_is_refused_with_a_sentence(patches, tmp_path):
     }.items():
         with pytest.raises(InputFault, match=fault):
             call()
+
+
+def test_knees_without_mr_are_read_by_the_networks_of_their_folds(trained, patches):
+    """As paired knees without their MR they must get the very predictions that cross-validation gave them."""
+    folder, predictions = trained
+    rows = np.flatnonzero(patches.table["subject_id"].isin(patches.table["subject_id"].unique()[:3]))
+    bare = Patches(
+        patches.table.iloc[rows].drop(columns=list(BIOMARKERS)).reset_index(drop=True),
+        np.zeros_like(patches.mr[rows]),
+        patches.ct[rows],
+        patches.voi[rows],
+    )
+    found = distillation.predict_unpaired(bare, splits_of(patches), ["ct_only", "mr_teacher"], 3, folder)
+    assert set(found["arm"]) == {"ct_only"}
+    both = found.merge(predictions, on=["arm", "fold", "knee_id", "patch_id"], suffixes=("", "_paired"))
+    assert len(both) == len(rows)
+    for name in BIOMARKERS:
+        np.testing.assert_allclose(both[name], both[f"{name}_paired"], rtol=1e-5)
+    assert distillation.predict_unpaired(bare, splits_of(patches), ["hu_regression"], 3, folder).empty
+
+
+def test_damaged_weights_are_refused(trained, tmp_path):
+    for suffix in (".json", ".safetensors"):
+        shutil.copy(trained[0] / f"ct_only_fold0_seed3{suffix}", tmp_path / f"m{suffix}")
+    distillation.load_model(tmp_path / "m")
+    data = bytearray((tmp_path / "m.safetensors").read_bytes())
+    data[-1] ^= 1  # one bit of one weight
+    (tmp_path / "m.safetensors").write_bytes(bytes(data))
+    with pytest.raises(InputFault, match="is missing or damaged; run the stage again"):
+        distillation.load_model(tmp_path / "m")

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from dicom_export import edit, small, write_multiframe, write_series
 from pydicom.data import get_testdata_file
 
-from ctsma import cli, cohort, intake
+from ctsma import cli, cohort, intake, patches
 from ctsma.cohort import InputFault
 from ctsma.intake.choice import sharpness
 from ctsma.intake.headers import WHITELIST
@@ -313,3 +313,17 @@ def test_check_data_writes_its_table_and_says_fatal_by_its_exit_code(knee, tmp_p
     rows.to_csv(tmp_path / "wrong.csv", index=False)
     assert cli.main(["check-data", str(tmp_path / "wrong.csv"), "--root", knee.attrs["root"], "--quick"]) == 1
     assert "differs from ct_sha256" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- CT alone
+def test_a_knee_with_ct_alone_is_cut_where_a_paired_one_is(knee, tmp_path):
+    row = knee.iloc[0].to_dict() | {"mr": None}
+    options = {"root": knee.attrs["root"], "n_per_compartment": 2, "seed": 0}
+    outcome = patches.ct_patches(row, tmp_path, **options)
+    found = patches.load_ct_patches(tmp_path, [row["knee_id"], "absent"])
+    assert len(found.table) == outcome["n_patches"] - outcome["n_flagged"] > 0
+    assert set(found.table["compartment"]) <= set(cohort.COMPARTMENTS)
+    assert np.isfinite(found.ct).all()
+    assert found.voi.mean(axis=(1, 2, 3)).min() >= patches.MIN_VOI
+    assert not found.mr.any()
+    assert len(patches.load_ct_patches(tmp_path, []).table) == 0
