@@ -157,7 +157,7 @@ def test_kernels_of_four_vendors(kernel, kind):
         ({"SeriesDescription": "genou droit"}, "R"),
         ({"BodyPartExamined": "LKNEE"}, "L"),
         ({"SeriesDescription": "both knees, right and left"}, ""),
-        ({"SeriesDescription": "PRELIMINARY AXIAL KNEE"}, ""),
+        ({"SeriesDescription": "PRELIMINARY AXIAL KNEE, L3"}, ""),
     ],
 )
 def test_the_side_is_read_where_it_is_said(tmp_path, tags, side):
@@ -203,9 +203,12 @@ def test_other_transfer_syntaxes_give_the_same_voxels(tmp_path, syntax):
     np.testing.assert_array_equal(sitk.GetArrayFromImage(back), sitk.GetArrayFromImage(image))
 
 
-@pytest.mark.parametrize("name", ["MR_small_jpeg_ls_lossless.dcm", "MR_small_RLE.dcm", "MR_small_bigendian.dcm"])
+CODINGS = ["jpeg_ls_lossless", "jp2klossless", "RLE", "bigendian", "implicit"]
+
+
+@pytest.mark.parametrize("name", [f"MR_small_{coding}.dcm" for coding in CODINGS])
 def test_compressed_slices_are_decoded_as_their_plain_twin(tmp_path, name):
-    """pydicom's own test image, as JPEG-LS, RLE and big endian, stacked ten times."""
+    """pydicom's own test image in five transfer syntaxes, stacked ten times."""
     for number in range(10):
         data = pydicom.dcmread(get_testdata_file(name))
         data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{number}"
