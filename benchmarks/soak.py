@@ -4,15 +4,15 @@
 
 The simulation's kernels are compiled first: numba's code differs in the last bits between the process that compiles it
 and those that load it from its cache. Then a run that nobody disturbs. Then the same run in another folder: each stage
-is killed equally often, at a moment drawn evenly over the time the stage took undisturbed. The victim is drawn too: the
-command alone, its kernel, or the whole process group at once, as when the machine loses power. Writes
+is killed equally often, at a moment drawn evenly over the time the stage took undisturbed, but at most --window seconds
+after it went on: as each start goes on where the last kill left, the kills spread over the stage. The victim is drawn
+too: the command alone, its kernel, or the whole process group at once, as when the machine loses power. Writes
 docs/results/soak.json: every kill, which results differ afterwards (seconds and times left out), and which finished
 knees or models were computed twice.
 """
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -103,18 +103,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--window", type=float, default=30.0)
+    parser.add_argument("--folder", type=Path, help="work here, and reuse a run calm that is done here")
     given = parser.parse_args()
     rng, kills, twice = np.random.default_rng(given.seed), [], set()
     with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
+        base = given.folder or Path(folder)
+        base.mkdir(parents=True, exist_ok=True)
         simulation.write_cohort(base / "compiled", "one", 1, given.seed, (90.0, 64.0, 56.0), 1)
         finished(started(base, "calm"))
         calm, run = base / "runs" / "calm", base / "runs" / "disturbed"
         seconds = {row["stage"]: row["seconds"] for row in study.status(calm)}
         for number in range(given.kills):
             stage = study.stages()[number * len(seconds) // given.kills]
-            before = kept(run)
-            kills.append(disturbed(base, stage, seconds[stage], str(rng.choice(VICTIMS)), rng))
+            before, window = kept(run), min(seconds[stage], given.window)
+            kills.append(disturbed(base, stage, window, str(rng.choice(VICTIMS)), rng))
             now = kept(run)
             twice |= {name for name, stamp in before.items() if now.get(name) != stamp}
             print(kills[-1], flush=True)
@@ -122,11 +125,10 @@ def main() -> None:
         finished(started(base, "disturbed"))
         twice |= {name for name, stamp in before.items() if kept(run).get(name) != stamp}
         left = sorted(str(file.relative_to(run)) for file in run.rglob(".partial-*"))
-        found = {"kills": kills, "seed": given.seed, "protocol_sha256": simulation.protocol_sha256()}
+        found = {"kills": kills, "seed": given.seed, "window_seconds": given.window, "undisturbed_seconds": seconds}
         found |= {"n_results": len(list((calm / "results").glob("*.json"))), "differing": differing(calm, run)}
-        found |= {"computed_twice": sorted(twice), "temporary_files_left": len(left)}
-        found |= {"undisturbed_seconds": seconds, "git_commit": cohort.provenance.git_commit()}
-        found |= {"signal": signal.Signals.SIGKILL.name}
+        found |= {"computed_twice": sorted(twice), "temporary_files_left": len(left), "signal": "SIGKILL"}
+        found |= {"protocol_sha256": simulation.protocol_sha256(), "git_commit": cohort.provenance.git_commit()}
     print(json.dumps(found, indent=1))
     cohort.write_json(OUT, found)
 
