@@ -179,9 +179,13 @@ def _inputs(parameters: dict) -> list:
     if not parameters.get("manifest"):
         return [protocol_sha256()]
     manifest = read_manifest(parameters["manifest"], parameters.get("root") or None)
-    knees = manifest.to_dict("records")
+    knees, inside = manifest.to_dict("records"), Path(manifest.attrs["root"]).resolve()
+    if not knees:
+        raise InputFault(parameters["manifest"], "lists no knee", "add one row a knee")
     named = [image_path(knee, column, manifest.attrs["root"]) for knee in knees for column in IMAGES]
     files = sorted(file for path in named if path for file in (path.rglob("*") if path.is_dir() else [path]))
+    for file in (file for file in files if not file.resolve().is_relative_to(inside)):
+        raise InputFault(file, "is a link out of the cohort's root", "put the file itself there")
     return [sha256_file(parameters["manifest"])] + [sha256_file(file) for file in files if file.is_file()]
 
 

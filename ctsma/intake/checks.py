@@ -39,7 +39,10 @@ def check_knees(
     -------
     DataFrame: knee_id, column (ct, mr, mr_rescan or pair), check, level ("fatal": the image or the pair cannot be
     used; "warning": look at it; "good": the size of the image), finding (one sentence with the mend).
+    Raises InputFault where the manifest lists no knee.
     """
+    if manifest.empty:
+        raise InputFault(manifest.attrs["path"], "lists no knee", "add one row a knee")
     knees, root = manifest.to_dict("records"), manifest.attrs["root"]
     rows, tasks = [], (joblib.delayed(_check_knee)(knee, root, deep) for knee in knees)
     with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):

@@ -15,9 +15,13 @@ from .identity import pseudonym
 
 THIN_MM = 1.0  # thinner slices than this are all good enough: then the kernel decides (our choice)
 KNEE = re.compile(r"KNEE|KNIE|GENOU|GINOCCHI|RODILLA|JOELHO|LOW(ER)?[ _]?EXT|\bLEG\b|EXTREMIT", re.IGNORECASE)
-SIDES = {
-    "R": re.compile(r"(?<![A-Z0-9])(RIGHT|RECHTS|DROIT\w*|DERECH\w*|DESTR\w*|RE|RT|R)(?![A-Z0-9])|RKNEE", re.IGNORECASE),
-    "L": re.compile(r"(?<![A-Z0-9])(LEFT|LINKS|GAUCHE|IZQUIERD\w*|SINISTR\w*|LI|LT|L)(?![A-Z0-9])|LKNEE", re.IGNORECASE),
+SIDES = {  # whole words, so that neither "L3" nor "AXIAL" is a side
+    "R": re.compile(
+        r"(?<![A-Z0-9])(RIGHT|RECHTS|DROIT\w*|DERECH\w*|DESTR\w*|RE|RT|R)(?![A-Z0-9])|RKNEE", re.IGNORECASE
+    ),
+    "L": re.compile(
+        r"(?<![A-Z0-9])(LEFT|LINKS|GAUCHE|IZQUIERD\w*|SINISTR\w*|LI|LT|L)(?![A-Z0-9])|LKNEE", re.IGNORECASE
+    ),
 }
 BOTH = re.compile(r"(?<![A-Z])(BOTH|BILAT\w*|BEIDE\w*|BDS)(?![A-Z])", re.IGNORECASE)
 BSSFP = re.compile(r"B[-_ ]?FFE|BAL(ANCED|_| )|TRU(E)?[-_ ]?FI|FIESTA|SSFP|CISS", re.IGNORECASE)
