@@ -175,6 +175,16 @@ def trabecular_region(masks: sitk.Image, bone: str, centre: Sequence[float], sid
     return sitk.GetArrayFromImage(sitk.Resample(depth, grid, sitk.Transform(), sitk.sitkLinear, -1.0)) > PLATE_MM
 
 
+def keep_only(folder: str | Path, knee_ids: Sequence[str]) -> None:
+    """Remove the tables of all other knees: those of a manifest that was changed since, or that fail now.
+
+    Whoever loads the folder then reads the knees of this run alone; a knee that comes back is cut again.
+    """
+    for file in Path(folder).glob("*_table.csv"):
+        if file.name.removesuffix("_table.csv") not in set(knee_ids):
+            file.unlink()
+
+
 def load_table(folder: str | Path, usable: bool = True) -> pd.DataFrame:
     """The table of all patches below a folder, in the order of knees; `usable` leaves flagged patches out."""
     files = sorted(Path(folder).glob("*_table.csv"))

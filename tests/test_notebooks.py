@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import nbformat
+import pandas as pd
+import papermill
 import pytest
 
 from ctsma import report, study
@@ -133,3 +136,33 @@ def test_parameter_defaults_are_the_quick_profile():
         known = {p for stage in study.stages() for p in study.declared(stage)}
         assert set(profile["parameters"]) <= known, name
         assert set(profile["minutes"]) == set(study.stages()), name
+
+
+def test_knees_with_ct_alone_are_read_and_diagnosed(tiny, tmp_path):
+    """The tiny run, two knees of which have lost their MR: notebooks 3 and 5 again."""
+    copy = tmp_path / "run"
+    shutil.copytree(tiny, copy)
+    knees = pd.read_csv(copy / "cohort" / "simulated.csv")
+    bare = knees.groupby("oa")["knee_id"].last().tolist()
+    knees.loc[knees["knee_id"].isin(bare), ["mr", "mr_sha256", "mr_rescan"]] = None
+    knees.to_csv(copy / "cohort" / "simulated.csv", index=False)
+    given = study.profiles()["tiny"]["parameters"] | {"run_dir": str(copy), "profile": "tiny", "n_jobs": 1}
+    for stage in ("03_distillation_training", "05_roc_diagnosis"):
+        own = {name: value for name, value in given.items() if name in study.declared(stage)}
+        page = study.NOTEBOOKS / f"{stage}.ipynb"
+        papermill.execute_notebook(
+            str(page),
+            str(tmp_path / "page.ipynb"),
+            own,
+            cwd=str(page.parent),
+            progress_bar=False,
+            kernel_name="python3",
+        )
+    before = results(tiny, "diagnosis")
+    trained, judged = results(copy, "distillation"), results(copy, "diagnosis")
+    assert trained["n_knees"] == results(tiny, "distillation")["n_knees"] - 2
+    assert set(bare) <= set(trained["knees_read_by_ct_alone"])
+    assert judged["n_knees"] == before["n_knees"] - 2
+    assert set(bare) <= set(judged["ct_only_knees"]["probability"])
+    assert all(0 <= p <= 1 for p in judged["ct_only_knees"]["probability"].values())
+    assert 0 <= judged["ct_only_knees"]["auc_all"]["auc"] <= 1

@@ -161,3 +161,11 @@ def test_a_patch_of_noise_among_good_ones_is_flagged_and_not_measured():
     found = patches.measured(mr, np.ones(bone.shape, bool), "plate", "")
     assert list(found["flag"]) == ["", "", "", patches.NO_MARROW]
     assert np.isnan(found["bv_tv"][3]) and np.isfinite(found["bv_tv"][:3]).all()
+
+
+def test_knees_of_an_earlier_manifest_are_not_read_again(tmp_path):
+    for knee_id in ("k0", "k1"):
+        table = pd.DataFrame({"knee_id": [knee_id], "subject_id": ["s"], "patch_id": [0], "flag": [""]})
+        table.to_csv(tmp_path / f"{knee_id}_table.csv", index=False)
+    patches.keep_only(tmp_path, ["k1", "k2"])
+    assert list(patches.load_table(tmp_path)["knee_id"]) == ["k1"]
