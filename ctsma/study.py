@@ -38,6 +38,9 @@ ONE_THREAD = (
     "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS",
 )
 
+DEAD_WORKER = ("TerminatedWorkerError", "BrokenProcessPool")  # joblib's words for a process that is gone
+DIED = "a process died (killed, or out of memory); free memory or give --jobs 1, and run the same command again"
+
 
 class StageFailed(RuntimeError):
     """A notebook stopped; the text names the stage, the cell, the error and the partial notebook."""
@@ -225,11 +228,12 @@ def _execute(path: Path, step: dict, say: Callable[[str], None]) -> float:
             options = {"cwd": str(NOTEBOOKS), "progress_bar": False, "kernel_name": "python3"}
             papermill.execute_notebook(source, str(partial), step["parameters"], **options)
         except papermill.PapermillExecutionError as error:
+            if error.ename in DEAD_WORKER:
+                raise StageFailed(f"{stage}: {DIED}") from error
             place = f"cell [{error.exec_count}] failed with {error.ename}: {error.evalue}"
             raise StageFailed(f"{stage}: {place}; the notebook as far as it came: {partial}") from error
         except RuntimeError as error:  # nbclient's DeadKernelError, or a kernel that never answered
-            mend = "free memory or give --jobs 1, and run the same command again: it goes on where this one stopped"
-            raise StageFailed(f"{stage}: its process died (killed, or out of memory); {mend}") from error
+            raise StageFailed(f"{stage}: {DIED}") from error
     partial.replace(path / "notebooks" / f"{stage}.ipynb")
     return time.perf_counter() - started
 

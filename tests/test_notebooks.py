@@ -150,14 +150,8 @@ def test_knees_with_ct_alone_are_read_and_diagnosed(tiny, tmp_path):
     for stage in ("03_distillation_training", "05_roc_diagnosis"):
         own = {name: value for name, value in given.items() if name in study.declared(stage)}
         page = study.NOTEBOOKS / f"{stage}.ipynb"
-        papermill.execute_notebook(
-            str(page),
-            str(tmp_path / "page.ipynb"),
-            own,
-            cwd=str(page.parent),
-            progress_bar=False,
-            kernel_name="python3",
-        )
+        options = {"cwd": str(page.parent), "progress_bar": False, "kernel_name": "python3"}
+        papermill.execute_notebook(str(page), str(tmp_path / "page.ipynb"), own, **options)
     before = results(tiny, "diagnosis")
     trained, judged = results(copy, "distillation"), results(copy, "diagnosis")
     assert trained["n_knees"] == results(tiny, "distillation")["n_knees"] - 2
