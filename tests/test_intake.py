@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -14,7 +15,7 @@ from pydicom.data import get_testdata_file
 
 from ctsma import cli, cohort, intake, patches
 from ctsma.cohort import InputFault
-from ctsma.intake.choice import sharpness
+from ctsma.intake.choice import COLUMNS, sharpness
 from ctsma.intake.headers import WHITELIST
 from ctsma.registration import bone_masks
 from ctsma.simulation import write_cohort
@@ -262,6 +263,13 @@ def test_the_real_series_comes_in_once_side_and_echo_are_said(real_data, tmp_pat
 def test_the_whitelist_keeps_no_identifying_element():
     assert not set(WHITELIST["technical"]) & set(WHITELIST["identifying"])
     assert set(WHITELIST["logged"]) <= set(WHITELIST["technical"])
+
+
+def test_the_choices_columns_are_in_the_data_dictionary():
+    folder = Path(__file__).parents[1] / "data_manifest"
+    fields = json.loads((folder / "datapackage.json").read_text())["resources"][2]["schema"]["fields"]
+    assert [field["name"] for field in fields] == COLUMNS
+    assert list(pd.read_csv(folder / "example_choice.csv")) == COLUMNS
 
 
 # ---------------------------------------------------------------- two knees, sides
