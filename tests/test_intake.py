@@ -287,6 +287,17 @@ def test_two_knees_are_split_and_the_patients_right_is_at_minus_x(tmp_path, ct):
     assert not found["level"].eq("fatal").any(), list(found["finding"])
 
 
+def test_the_fibula_of_a_real_right_knee_tells_its_side(real_data):
+    labels = sitk.ReadImage(str(real_data / "knee_labels.nrrd"))
+    array = sitk.GetArrayFromImage(labels)
+    bones = sitk.GetImageFromArray(np.where(np.isin(array, (5, 6, 7, 8)), 700.0, -60.0).astype(np.float32))
+    masks = sitk.GetImageFromArray(((array == 5) + 2 * (array == 6)).astype(np.uint8))
+    for image in (bones, masks):
+        image.CopyInformation(labels)
+    assert intake.side_of(bones, masks) == "R"
+    assert intake.side_of(mirrored(bones), mirrored(masks)) == "L"
+
+
 def test_knees_that_touch_are_refused(ct):
     image = ct[0]
     near = sitk.DICOMOrient(image, "LPS")[25:-25, :, :]  # without the 11 mm of soft tissue at each side
