@@ -112,6 +112,17 @@ def imported(**tags):
     return make
 
 
+def choice_of(**tags):
+    """A choice that takes the one series there is, whatever it is."""
+
+    def make():
+        write_series(Path("in/a"), small(), **tags)
+        cli.main([*IMPORT, "--choose"])
+        Path("out-choice.csv").write_text(Path("out-choice.csv").read_text().replace("\n0,", "\n1,"))
+
+    return make
+
+
 def multiframe_jpeg_ls():
     file = write_multiframe(Path("in/all"), small())
     data = file.read_bytes()
@@ -341,6 +352,14 @@ BAD = [
         2,
         SALT,
     ),
+    Bad(
+        "a choice that takes burned-in annotation",
+        choice_of(BurnedInAnnotation="YES"),
+        IMPORT,
+        "burned-in annotation is declared: blacken it and set BurnedInAnnotation to NO first; set its take to 0",
+        2,
+    ),
+    Bad("a choice that takes an ultrasound", choice_of(modality="US"), IMPORT, "modality US; set its take to 0", 2),
     Bad(
         "a manifest of the cohort that was spoilt",
         both(series(), text("out/cohort.csv", "knee_id\nK1\n")),

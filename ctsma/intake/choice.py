@@ -44,8 +44,8 @@ def stacks(images: pd.DataFrame, salt: bytes, side: str | None = None, echo: int
 
     Returns
     -------
-    DataFrame of COLUMNS and `refused` (bool): a knee's image that must not come in. `note` says why a stack is left
-    out, or how many others it was preferred to. Of one person, modality and side one stack is taken: thin slices
+    DataFrame of COLUMNS, `refused` (a knee's image that must not come in) and `barred` (nor may a choice take it).
+    `note` says why a stack is left out, or how many others it was preferred to. Of one person, modality and side one stack is taken: thin slices
     before thick, CT with a bone kernel before others, bSSFP before other MR, then thinner, more slices.
     """
     table = pd.DataFrame([_described(group, salt) for _, group in images.groupby("stack", sort=True)])
@@ -59,7 +59,7 @@ def stacks(images: pd.DataFrame, salt: bytes, side: str | None = None, echo: int
             table.loc[same.index[0], ["take", "note"]] = True, f"best of {len(same)}"
     left = (table["note"] == "") & ~table["take"]
     table.loc[left, "note"] = "another series of this knee is better, or says which side it shows"
-    return table[[*COLUMNS, "refused"]].sort_values(
+    return table[[*COLUMNS, "refused", "barred"]].sort_values(
         ["subject", "modality", "series_number", "stack"], ignore_index=True
     )
 
@@ -72,7 +72,8 @@ def write_choice(table: pd.DataFrame, path: str | Path) -> Path:
 def apply_choice(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     """The table with `take` and `side` as the file says; stacks that it does not name are left out and say so.
 
-    Raises InputFault: not such a file, a stack that is not in the tree, a take that is not 0 or 1, a side not L or R.
+    Raises InputFault: not such a file, a stack that is not in the tree or is barred, a take that is not 0 or 1, a side
+    that is not L or R.
     """
     try:
         given = pd.read_csv(path, dtype=str, keep_default_na=False).set_index("stack")
@@ -86,6 +87,8 @@ def apply_choice(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
             path, "names a stack twice, or has a take that is not 0 or 1, or a side that is not L or R", "correct it"
         )
     table, named = table.copy(), table["stack"].isin(given.index)
+    for row in table[table["barred"] & table["stack"].map(take).eq(True)].to_dict("records"):
+        raise InputFault(path, f"takes stack {row['stack']}: {row['note']}", "set its take to 0")
     changed = named & (table["take"] != table["stack"].map(take).fillna(False).astype(bool))
     table["take"] = table["stack"].map(take).fillna(False).astype(bool)
     table["side"] = table["stack"].map(side.replace("", None)).fillna(table["side"])
@@ -112,6 +115,8 @@ def _described(images: pd.DataFrame, salt: bytes) -> dict:
     row |= {"description": text["SeriesDescription"], "folder": str(Path(header["file"]).parent)}
     row |= {"series": str(header["SeriesInstanceUID"]), "side": _side(header, text)}
     row["refused"] = _text(header.get("BurnedInAnnotation")).upper() == "YES"
+    copied = str(header.get("SOPClassUID", "")).startswith(SECONDARY_CAPTURE)
+    row["barred"] = row["refused"] or copied or row["modality"] not in ("CT", "MR")
     return row | {"note": _reason(header, text, len(images), row["refused"]), "rank": _rank(row, header, text)}
 
 
