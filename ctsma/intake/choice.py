@@ -45,8 +45,9 @@ def stacks(images: pd.DataFrame, salt: bytes, side: str | None = None, echo: int
     Returns
     -------
     DataFrame of COLUMNS, `refused` (a knee's image that must not come in) and `barred` (nor may a choice take it).
-    `note` says why a stack is left out, or how many others it was preferred to. Of one person, modality and side one stack is taken: thin slices
-    before thick, CT with a bone kernel before others, bSSFP before other MR, then thinner, more slices.
+    `note` says why a stack is left out, or how many others it was preferred to. Of one person, modality and side one
+    stack is taken: thin slices before thick, CT with a bone kernel before others, bSSFP before other MR, then thinner,
+    more slices.
     """
     table = pd.DataFrame([_described(group, salt) for _, group in images.groupby("stack", sort=True)])
     table["side"] = [s or (side or "" if n == "" else "") for s, n in zip(table["side"], table["note"], strict=True)]
