@@ -190,7 +190,8 @@ def _optimised(fixed, moving, mask, start, level, seed) -> tuple:
     method.SetMetricAsMattesMutualInformation(BINS)
     if level.samples and mask is not None:
         method.SetMetricSamplingStrategy(method.RANDOM)
-        method.SetMetricSamplingPercentage(min(1.0, level.samples / sitk.GetArrayViewFromImage(mask).sum()), seed)
+        share = min(1.0, level.samples / sitk.GetArrayViewFromImage(mask).sum())
+        method.SetMetricSamplingPercentage(share, seed + 1)  # 0 is sitkWallClock: another sample every run
     if mask is not None:
         method.SetMetricFixedMask(mask)
     # ITK smooths its own gradient image, which cost about 0.1 mm on phantoms: take differences of the image
