@@ -211,7 +211,7 @@ def overlay(ax: Axes, values: np.ndarray, spacing_mm: Sequence[float], limits: S
 
 
 def standing(ax: Axes, table: pd.DataFrame, known: np.ndarray, xlabel: str) -> Axes:
-    """Values with intervals over where others lie: `table` has value, low, high; `known` (rows, 3) low, middle, high."""
+    """Values with intervals over others' range: `table` has value, low, high; `known` (rows, 3) low, middle, high."""
     for row, (entry, (low, middle, high)) in enumerate(zip(table[::-1].to_dict("records"), known[::-1], strict=True)):
         ax.plot([low, high], [row, row], color="#CCCCCC", linewidth=11, solid_capstyle="butt")
         ax.plot([middle, middle], [row - 0.2, row + 0.2], color="#888888", linewidth=1)

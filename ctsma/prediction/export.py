@@ -16,22 +16,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from ctsma import cohort
 from ctsma.agreement import conformal_radius, cross_conformal
-from ctsma.cohort import (
-    BIOMARKERS,
-    COMPARTMENTS,
-    InputFault,
-    Run,
-    content_key,
-    read_knee_volume,
-    sha256_file,
-    splits_path,
-    write_json,
-    write_text,
-)
+from ctsma.cohort import BIOMARKERS, COMPARTMENTS, InputFault, Run, sha256_file, write_json
 from ctsma.diagnosis import compartment_means
 from ctsma.distillation import load_model
-from ctsma.patches import load_patches
+from ctsma.patches import Patches, load_patches
 
 from .card import model_card
 from .ensemble import ABOUT, CARD, CHECK, FAMILIAR, SCHEMA_VERSION, estimate
@@ -44,12 +34,12 @@ KEPT = ("key", "arm", "role", "fold", "seed", "recipe", "scale", "validation_mse
 KEY = ["knee_id", "patch_id"]
 
 
-def export_model(run: Run, folder: str | Path, arm: str = "ct_sma_plus", seed: int = 0, n_jobs: int = 1) -> Path:
-    """Write the networks of one arm and seed, all folds, as a model directory; whole or not at all, same run same bytes.
+def export_model(run: str | Path, folder: str | Path, arm: str = "ct_sma_plus", seed: int = 0, n_jobs: int = 1) -> Path:
+    """Write the networks of one arm and seed, all folds, as a model directory; the same run gives the same bytes.
 
     Parameters
     ----------
-    run : a run whose five notebooks are done.
+    run : folder of a run whose five notebooks are done.
     folder : model directory to write; an older one there is replaced, anything else refused.
     arm, seed : which networks; the intervals and the OA model come from the arm's out-of-fold estimates.
     n_jobs : processes that measure the training CTs.
@@ -63,7 +53,7 @@ def export_model(run: Run, folder: str | Path, arm: str = "ct_sma_plus", seed: i
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
     try:
-        _write(run, partial, arm, seed, n_jobs)
+        _write(Run(Path(run), "", 0), partial, arm, seed, n_jobs)
         partial.chmod(0o755)
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
@@ -73,7 +63,7 @@ def export_model(run: Run, folder: str | Path, arm: str = "ct_sma_plus", seed: i
 
 
 def _write(run: Run, folder: Path, arm: str, seed: int, n_jobs: int) -> None:
-    cohort, agreement, diagnosis = (run.results(stage) for stage in ("cohort", "agreement", "diagnosis"))
+    first, agreement, diagnosis = (run.results(stage) for stage in ("cohort", "agreement", "diagnosis"))
     found, manifest = out_of_fold(run, arm), run.manifest()
     members, record = _copy_members(run, folder, arm, seed)
     data = load_patches(run.path / "patches")
@@ -82,16 +72,16 @@ def _write(run: Run, folder: Path, arm: str, seed: int, n_jobs: int) -> None:
     _write_check(folder, members, data)
     heads = ("profile", "seed", "protocol_sha256", "manifest_sha256", "git_commit")
     about = {"schema_version": SCHEMA_VERSION, "arm": arm, "member_seed": seed, "members": [m.name for m in members]}
-    about |= {name: agreement[name] for name in heads} | {"simulated": bool(cohort.get("simulated"))}
-    about |= {"splits_sha256": sha256_file(splits_path(manifest.attrs["path"])), "packages": record["packages"]}
-    about |= {"settings": record["settings"], "recipe": record["recipe"], "training": _training(run, found)}
+    about |= {name: agreement[name] for name in heads} | {"simulated": bool(first.get("simulated"))}
+    about |= {"splits_sha256": sha256_file(cohort.splits_path(manifest.attrs["path"])), "packages": record["packages"]}
+    about |= {"settings": record["settings"], "recipe": record["recipe"], "training": _training(run, found, agreement)}
     about |= {"metrics": _metrics(arm, agreement, diagnosis), "intervals": intervals(found)}
     about |= {"oa": oa_model(found, manifest), "compartments": _distribution(found)}
     about["limits"] = limits_of(_training_measures(run, manifest, data, familiar, n_jobs))
     about["files"] = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
     plain = json.loads(write_json(folder / ABOUT, about).read_text())
-    write_json(folder / ABOUT, plain | {"content_sha256": content_key(plain)})
-    write_text(folder / CARD, model_card(plain))
+    write_json(folder / ABOUT, plain | {"content_sha256": cohort.content_key(plain)})
+    cohort.write_text(folder / CARD, model_card(plain))
 
 
 def out_of_fold(run: Run, arm: str) -> pd.DataFrame:
@@ -144,7 +134,12 @@ def oa_model(found: pd.DataFrame, manifest: pd.DataFrame) -> dict | None:
     imputer, scaler, logistic = steps
     numbers = {"fill": imputer.statistics_, "mean": scaler.mean_, "sd": scaler.scale_, "weight": logistic.coef_[0]}
     features = {name: dict(zip(numbers, row, strict=True)) for name, *row in zip(means, *numbers.values(), strict=True)}
-    return {"features": features, "intercept": float(logistic.intercept_[0]), "n_knees": len(labels), "n_oa": int(labels.sum())}
+    return {
+        "features": features,
+        "intercept": float(logistic.intercept_[0]),
+        "n_knees": len(labels),
+        "n_oa": int(labels.sum()),
+    }
 
 
 def _copy_members(run: Run, folder: Path, arm: str, seed: int) -> tuple[list[Path], dict]:
@@ -161,18 +156,18 @@ def _copy_members(run: Run, folder: Path, arm: str, seed: int) -> tuple[list[Pat
     return [folder / stem.name for stem in stems], kept
 
 
-def _write_check(folder: Path, members: list[Path], data) -> None:
+def _write_check(folder: Path, members: list[Path], data: Patches) -> None:
     rows = data.table.groupby("compartment", sort=False).head(1).index[:N_CHECKED]
     ct, voi = data.ct[rows].astype(np.float16), data.voi[rows].astype(bool)
     found = estimate([load_model(stem) for stem in members], ct.astype(np.float32), voi)
     save_file({"ct": ct, "voi": voi, "estimate": found.astype(np.float64)}, folder / CHECK)
 
 
-def _training(run: Run, found: pd.DataFrame) -> dict:
+def _training(run: Run, found: pd.DataFrame, agreement: dict) -> dict:
     notebook = json.loads((run.path / "notebooks" / "03_distillation_training.ipynb").read_text(encoding="utf-8"))
     given = notebook["metadata"]["papermill"]["parameters"]
     parameters = {name: value for name, value in sorted(given.items()) if name not in ("run_dir", "n_jobs", "profile")}
-    command = " ".join([f"ctsma run --profile {run.profile} --seed {run.seed}"])
+    command = f"ctsma run --profile {agreement['profile']} --seed {agreement['seed']}"
     sizes = {"n_knees": found["knee_id"].nunique(), "n_subjects": found["subject_id"].nunique()}
     return sizes | {"n_patches": len(found), "command": command, "parameters": parameters}
 
@@ -202,7 +197,7 @@ def _percentiles(values: ndarray) -> list[float]:
 
 
 def _training_measures(
-    run: Run, manifest: pd.DataFrame, data, familiar: Familiar, n_jobs: int
+    run: Run, manifest: pd.DataFrame, data: Patches, familiar: Familiar, n_jobs: int
 ) -> pd.DataFrame:
     knees = manifest[manifest["knee_id"].isin(data.table["knee_id"])].to_dict("records")
     folder, root = run.path / "registration", manifest.attrs["root"]
@@ -216,4 +211,4 @@ def _training_measures(
 
 def _knee_measures(knee: dict, root: str, folder: Path) -> dict[str, float]:
     masks = sitk.ReadImage(str(folder / f"{knee['knee_id']}_mask.nii.gz"))
-    return scan_measures(read_knee_volume(knee, "ct", root), masks)
+    return scan_measures(cohort.read_knee_volume(knee, "ct", root), masks)

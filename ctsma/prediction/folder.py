@@ -1,4 +1,4 @@
-"""From CTs on disk to a folder of results each: resumed, written whole or not at all, one bad CT a row with its reason."""
+"""From CTs on disk to a folder of results each: resumed, whole or not at all, one bad CT a row with its reason."""
 
 import os
 import shutil
@@ -13,20 +13,8 @@ import pydicom
 import SimpleITK as sitk
 import torch
 
-from ctsma.cohort import (
-    BIOMARKERS,
-    COMPARTMENTS,
-    InputFault,
-    content_key,
-    image_path,
-    map_knees,
-    read_manifest,
-    read_volume,
-    sha256_file,
-    write_json,
-    write_text,
-    write_volume,
-)
+from ctsma import cohort
+from ctsma.cohort import BIOMARKERS, COMPARTMENTS, InputFault, sha256_file, write_text
 
 from .ensemble import ABOUT, Ensemble, load_ensemble
 from .knee import Knee, biomarker_maps, predict_knee
@@ -54,9 +42,9 @@ def listed_cts(paths: Sequence[str], side: str | None = None) -> pd.DataFrame:
 
 def manifest_cts(manifest: str | Path, root: str | Path | None = None) -> pd.DataFrame:
     """CTs of a manifest: knee_id, side, ct and the checksum it lists, as `listed_sha256`; faults of `read_manifest`."""
-    table = read_manifest(manifest, root)
+    table = cohort.read_manifest(manifest, root)
     table = table[table["ct"].notna()]
-    paths = [str(image_path(knee, "ct", table.attrs["root"]).resolve()) for knee in table.to_dict("records")]
+    paths = [str(cohort.image_path(knee, "ct", table.attrs["root"]).resolve()) for knee in table.to_dict("records")]
     return table[["knee_id", "side"]].assign(ct=paths, listed_sha256=table["ct_sha256"])
 
 
@@ -84,7 +72,7 @@ def predict_cts(
     out = _folder(out)
     rows = knees.assign(ct_sha256=[_content(Path(path)) for path in knees["ct"]])
     parameters = {"model": str(Path(model).resolve()), "model_sha256": sha256_file(Path(model) / ABOUT)}
-    found = map_knees(predict_ct, rows, out / "records", parameters, n_jobs=n_jobs, report=report)
+    found = cohort.map_knees(predict_ct, rows, out / "records", parameters, n_jobs=n_jobs, report=report)
     write_text(out / "predictions.csv", found.to_csv(index=False))
     return found
 
@@ -96,7 +84,7 @@ def predict_ct(knee: dict, folder: Path, *, model: str, model_sha256: str) -> di
     if knee.get("listed_sha256") and Path(knee["ct"]).is_file() and knee["listed_sha256"] != knee["ct_sha256"]:
         raise InputFault(knee["ct"], "differs from ct_sha256 of the manifest", "restore the file or correct the sum")
     torch.set_num_threads(1)
-    ensemble, ct = _loaded(model, model_sha256), read_volume(knee["ct"], "CT")
+    ensemble, ct = _loaded(model, model_sha256), cohort.read_volume(knee["ct"], "CT")
     found = predict_knee(ct, knee["side"], ensemble, _stated_slice_mm(Path(knee["ct"])))
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
     try:
@@ -114,8 +102,8 @@ def predict_ct(knee: dict, folder: Path, *, model: str, model_sha256: str) -> di
 def _write(folder: Path, knee: dict, ct: sitk.Image, found: Knee, ensemble: Ensemble, model_sha256: str) -> None:
     maps = biomarker_maps(found)
     for name, image in maps.items():
-        write_volume(_on_whole_grid(image, ct), folder / f"{name}.nii.gz")
-    write_volume(_on_whole_grid(found.masks, ct), folder / "bones.nii.gz")
+        cohort.write_volume(_on_whole_grid(image, ct), folder / f"{name}.nii.gz")
+    cohort.write_volume(_on_whole_grid(found.masks, ct), folder / "bones.nii.gz")
     write_text(folder / "biomarkers.csv", found.compartments.to_csv())
     write_text(folder / "patches.csv", found.patches.to_csv(index=False))
     about = ensemble.about
@@ -125,7 +113,7 @@ def _write(folder: Path, knee: dict, ct: sitk.Image, found: Knee, ensemble: Ense
     numbers |= {"model": origin | {"simulated": about["simulated"]}, "interval_level": about["intervals"]["level"]}
     numbers |= {"compartments": found.compartments.to_dict("index"), "warnings": found.warnings}
     numbers |= {"oa": {"probability": found.oa_probability, "auc": oa}, "measures": found.measures}
-    write_json(folder / "prediction.json", numbers)
+    cohort.write_json(folder / "prediction.json", numbers)
     write_text(folder / "report.html", knee_page(numbers, found, maps, about))
 
 
@@ -159,7 +147,7 @@ def _names(paths: Sequence[Path], sides: Sequence[str]) -> list[str]:
 def _content(path: Path) -> str | None:
     """Hash of a file, or of all files of a folder; None where there is nothing, which reading will say."""
     if path.is_dir():
-        return content_key([(file.name, sha256_file(file)) for file in sorted(path.iterdir()) if file.is_file()])
+        return cohort.content_key([(file.name, sha256_file(file)) for file in sorted(path.iterdir()) if file.is_file()])
     return sha256_file(path) if path.is_file() else None
 
 

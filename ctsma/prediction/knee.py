@@ -1,33 +1,26 @@
 """One CT of a knee in, numbers with intervals and maps out: no MR, no truth, no GPU."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 from numpy import ndarray
+from scipy import ndimage
 from scipy.special import expit
 
+from ctsma import patches
 from ctsma.cohort import BIOMARKERS, BONES, COMPARTMENTS, InputFault
-from ctsma.patches import (
-    CT_SHAPE,
-    CT_SPACING_MM,
-    HEIGHT_MM,
-    LACKING,
-    MIN_VOI,
-    PLATE_MM,
-    centres,
-    cut,
-    grid_points,
-    trabecular_region,
-)
+from ctsma.patches import centres, cut, grid_points, trabecular_region
 from ctsma.registration import bone_masks, isotropic
 
 from .ensemble import Ensemble, estimate
 from .limits import check_limits, patch_measures, scan_measures
 
-FIELD_MM = np.array([110.0, 110.0, 92.0])  # left-right, front-back, head-foot around the joint: a large knee (our choice)
+FIELD_MM = np.array(
+    [110.0, 110.0, 92.0]
+)  # left-right, front-back, head-foot around the joint: a large knee (our choice)
 MARGIN_MM = 12.0  # around the bones, so that soft tissue is in view (our choice)
 TWO_KNEES_MM = 180.0  # of bone from left to right: more than one knee has (our choice)
 BONE_HU = 250.0  # as the bone masks' own
@@ -35,6 +28,8 @@ COLUMN_MM = 1.0  # between columns where patch centres are sought (our choice)
 EVERYWHERE = 10_000  # patches a compartment: as many as have room 4 mm from each other
 OUTSIDE = "leaves the field of view"
 HALF_MM = np.array([4.5, 5.25, 5.25])  # of a patch along x, y, z
+FIBULA_BELOW_MM, FIBULA_MM3 = 20.0, 300.0  # below the plateau; less may be a fragment (our choice)
+FIBULA_BESIDE_MM = 10.0  # from the middle of the tibia; 28 to 40 mm in our simulated knees (our choice)
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,7 @@ def predict_knee(ct: sitk.Image, side: str, ensemble: Ensemble, stated_slice_mm:
     """
     view = joint_view(ct, side)
     masks = bone_masks(view)
+    check_side(view, masks, side)
     measures = scan_measures(view, masks)
     measures["slice_mm"] = max(measures["slice_mm"], stated_slice_mm)
     limits = ensemble.about["limits"]
@@ -114,6 +110,22 @@ def joint_view(ct: sitk.Image, side: str) -> sitk.Image:
     return _box(view, centre - FIELD_MM / 2, centre + FIELD_MM / 2)
 
 
+def check_side(view: sitk.Image, masks: sitk.Image, side: str) -> None:
+    """InputFault where the fibula, if it is in view, lies on the inner side of the tibia; images in LPS axes."""
+    labels, spacing = sitk.GetArrayViewFromImage(masks), np.array(masks.GetSpacing()[::-1])
+    top = np.flatnonzero((labels == BONES["tibia"]).any(axis=(1, 2))).max()
+    below = slice(0, max(1, top - int(FIBULA_BELOW_MM / spacing[0])))
+    bone = (sitk.GetArrayViewFromImage(view)[below] > BONE_HU) & (labels[below] == 0)
+    fibula = ndimage.binary_opening(bone, iterations=2)  # what the masks leave of the tibia's rim is thinner
+    if fibula.sum() * spacing.prod() < FIBULA_MM3:
+        return
+    middle = [np.nonzero(part)[2].mean() * spacing[2] for part in (fibula, labels[below] == BONES["tibia"])]
+    outward_mm = (middle[0] - middle[1]) * (1 if side == "L" else -1)
+    if outward_mm < -FIBULA_BESIDE_MM:
+        other = "R" if side == "L" else "L"
+        raise InputFault("side", f"is {side}, but the fibula lies where a knee {other} has it", f"give side {other}")
+
+
 def biomarker_maps(knee: Knee) -> dict[str, sitk.Image]:
     """Maps of the four biomarkers on the grid of `knee.view`, float32; 0 where nothing is estimated.
 
@@ -148,9 +160,9 @@ def _cut(view: sitk.Image, masks: sitk.Image, side: str) -> tuple[pd.DataFrame, 
     table = centres(masks[:: step[0], :: step[1], :], side, EVERYWHERE, np.random.default_rng(0))
     places = [(row["compartment"].split("_")[0], (row["x"], row["y"], row["z"])) for row in table.to_dict("records")]
     voi = np.array([trabecular_region(masks, bone, centre, side) for bone, centre in places])
-    hu = np.array([cut(view, centre, side, CT_SHAPE, CT_SPACING_MM) for _, centre in places])
-    outside, lacking = np.isnan(hu).any(axis=(1, 2, 3)), voi.mean(axis=(1, 2, 3)) < MIN_VOI
-    table["flag"] = np.where(outside, OUTSIDE, np.where(lacking, LACKING, ""))
+    hu = np.array([cut(view, centre, side, patches.CT_SHAPE, patches.CT_SPACING_MM) for _, centre in places])
+    outside, lacking = np.isnan(hu).any(axis=(1, 2, 3)), voi.mean(axis=(1, 2, 3)) < patches.MIN_VOI
+    table["flag"] = np.where(outside, OUTSIDE, np.where(lacking, patches.LACKING, ""))
     table.insert(0, "patch_id", np.arange(len(table)))
     return table.assign(**dict.fromkeys(BIOMARKERS, np.nan)), hu, voi
 
@@ -201,7 +213,7 @@ def _paint(maps: ndarray, knee: Knee, bone: str, at: ndarray, values: ndarray) -
     x, y, z = knee.masks.TransformPhysicalPointToIndex(near.GetOrigin())
     region = tuple(slice(i, i + n) for i, n in zip((z, y, x), near.GetSize()[::-1], strict=True))
     depth = sitk.SignedMaurerDistanceMap(near == BONES[bone], True, False, True)  # inside positive, mm
-    inside = sitk.GetArrayFromImage(depth) > PLATE_MM
+    inside = sitk.GetArrayFromImage(depth) > patches.PLATE_MM
     points = grid_points(near)[inside]
     total, sums = np.zeros(len(points)), np.zeros((len(points), len(BIOMARKERS)))
     for centre, value in zip(at, values, strict=True):

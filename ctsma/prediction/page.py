@@ -68,7 +68,9 @@ def _oa(oa: dict, about: dict) -> str:
     said = f"Probability of osteoarthritis: <b>{oa['probability']:.2f}</b> (share in training "
     said += f"{found['n_oa'] / found['n_knees']:.2f}, {found['n_knees']} knees)."
     if oa["auc"]:
-        said += f" AUC {oa['auc']['auc']:.2f} ({oa['auc']['ci_low']:.2f} to {oa['auc']['ci_high']:.2f}), cross-validated"
+        said += (
+            f" AUC {oa['auc']['auc']:.2f} ({oa['auc']['ci_low']:.2f} to {oa['auc']['ci_high']:.2f}), cross-validated"
+        )
         said += " by subject." if not about["metrics"]["oa_calibration"] else _calibrated(about)
     return f"<p>{said}</p>"
 
