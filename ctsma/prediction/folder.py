@@ -102,8 +102,8 @@ def predict_ct(knee: dict, folder: Path, *, model: str, model_sha256: str) -> di
 def _write(folder: Path, knee: dict, ct: sitk.Image, found: Knee, ensemble: Ensemble, model_sha256: str) -> None:
     maps = biomarker_maps(found)
     for name, image in maps.items():
-        cohort.write_volume(_on_whole_grid(image, ct), folder / f"{name}.nii.gz")
-    cohort.write_volume(_on_whole_grid(found.masks, ct), folder / "bones.nii.gz")
+        cohort.write_volume(on_whole_grid(image, ct), folder / f"{name}.nii.gz")
+    cohort.write_volume(on_whole_grid(found.masks, ct), folder / "bones.nii.gz")
     write_text(folder / "biomarkers.csv", found.compartments.to_csv())
     write_text(folder / "patches.csv", found.patches.to_csv(index=False))
     about = ensemble.about
@@ -117,7 +117,7 @@ def _write(folder: Path, knee: dict, ct: sitk.Image, found: Knee, ensemble: Ense
     write_text(folder / "report.html", knee_page(numbers, found, maps, about))
 
 
-def _on_whole_grid(part: sitk.Image, whole: sitk.Image) -> sitk.Image:
+def on_whole_grid(part: sitk.Image, whole: sitk.Image) -> sitk.Image:
     """`part` (LPS axes, a region of `whole`) on the grid of `whole`, 0 elsewhere."""
     code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(whole.GetDirection())
     canvas = sitk.Image(whole.GetSize(), part.GetPixelID())

@@ -41,13 +41,14 @@ NO_KNEE = "give a CT of a knee joint"
 MEASURES = {
     "slice_mm": Measure("slices (mm)", RECONSTRUCT, above=("x", 2.0)),
     "pixel_mm": Measure("pixels (mm)", RECONSTRUCT, above=("x", 2.0)),
-    "edge_mm": Measure("width of bone edges in plane (mm)", RECONSTRUCT, above=("x", 1.3)),
+    "edge_mm": Measure("width of bone edges in plane (mm)", RECONSTRUCT, ("x", 0.5), ("x", 1.3)),
     "noise_hu": Measure("noise (HU)", "average thin slices, or scan with more dose", above=("x", 2.0)),
     "metal_mm3": Measure(f"volume above {METAL_HU:.0f} HU (mm3)", "give a knee without metal", above=("=", METAL_MM3)),
     "femur_width_mm": Measure("width of the femur (mm)", NO_KNEE, ("x", 0.8), ("x", 1.2)),
     "femur_depth_mm": Measure("depth of the femur (mm)", NO_KNEE, ("x", 0.75), ("x", 1.25)),
     "tibia_width_mm": Measure("width of the tibia (mm)", NO_KNEE, ("x", 0.8), ("x", 1.2)),
     "tibia_depth_mm": Measure("depth of the tibia (mm)", NO_KNEE, ("x", 0.75), ("x", 1.25)),
+    "depth_ratio": Measure("depth of the femur over the tibia's", f"{NO_KNEE}, patient's head up", ("x", 0.85)),
     "plateau_mm": Measure("unevenness of the tibia below the femur (mm)", NO_KNEE, above=("x", 1.5)),
     "mean_hu": Measure("mean HU below the plate", "check the rescale slope and intercept", ("+", 1.0), ("+", 1.0)),
     "distance": Measure("distance of its patches from training's", "train on CTs of this kind", above=("x", 2.0)),
@@ -107,16 +108,17 @@ def limits_of(measures: pd.DataFrame) -> dict[str, dict[str, float | None]]:
 
 
 def check_limits(measures: Mapping[str, float], limits: Mapping[str, Mapping]) -> list[str]:
-    """Warnings for measures outside training's range; InputFault for the first beyond the margin."""
+    """Warnings for measures outside training's range at an end that has a limit; InputFault for the first beyond it."""
     warnings = []
     for name, value in measures.items():
         limit, measure = limits[name], MEASURES[name]
         seen = f"{measure.label}: {value:.3g}, in training {limit['low']:.3g} to {limit['high']:.3g}"
-        below, above = limit["refuse_below"], limit["refuse_above"]
-        if (below is not None and value < below) or (above is not None and value > above) or np.isnan(value):
+        below, above = (np.nan if limit[end] is None else limit[end] for end in ("refuse_below", "refuse_above"))
+        if value < below or value > above or np.isnan(value):
             raise InputFault("CT", f"is not of the kind the model was trained on ({seen})", measure.mend)
-        # A spacing equal to training's must not warn for its last bit.
-        if not limit["low"] * (1 - 1e-3) <= value <= limit["high"] * (1 + 1e-3) and (below or above) is not None:
+        # An end without a limit is no fault; a spacing equal to training's must not warn for its last bit.
+        low, high = limit["low"] * (1 - 1e-3), limit["high"] * (1 + 1e-3)
+        if below <= value < low or above >= value > high:
             warnings.append(f"{seen}: estimates are less certain than their intervals say")
     return warnings
 
@@ -166,6 +168,7 @@ def _sizes(labels: ndarray, spacing: ndarray) -> dict[str, float]:
         across = [np.flatnonzero((labels == value).any(axis=axes)) for axes in ((0, 1), (0, 2))]
         for name, places, mm in zip(("width", "depth"), across, spacing[:0:-1], strict=True):
             found[f"{bone}_{name}_mm"] = float((np.ptp(places) + 1) * mm)
+    found["depth_ratio"] = found["femur_depth_mm"] / found["tibia_depth_mm"]
     tibia, femur = labels == BONES["tibia"], labels == BONES["femur"]
     top = len(labels) - tibia[::-1].argmax(axis=0)[tibia.any(axis=0) & femur.any(axis=0)]
     low, high = np.percentile(top, (10, 90)) if len(top) else (0, np.nan)
