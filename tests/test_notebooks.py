@@ -133,3 +133,17 @@ def test_parameter_defaults_are_the_quick_profile():
         known = {p for stage in study.stages() for p in study.declared(stage)}
         assert set(profile["parameters"]) <= known, name
         assert set(profile["minutes"]) == set(study.stages()), name
+
+
+def test_the_studys_model_reads_a_ct(tiny):
+    base = tiny.parents[1]
+    done = ctsma("export-model", "--name", "tiny", "--out", "model", "--jobs", "1", cwd=base)
+    assert done.returncode == 0, done.stderr
+    about = json.loads((base / "model" / "model.json").read_text())
+    assert about["metrics"]["icc"] == results(tiny, "agreement")["icc"][about["arm"]]
+    assert about["training"]["parameters"]["epochs"] == 1
+    knee = (tiny / "cohort" / "simulated.csv").read_text().splitlines()[1].split(",")
+    given = f"{tiny / 'cohort' / 'images' / knee[0]}_ct.nii.gz:{knee[2]}"
+    done = ctsma("predict", given, "--model", "model", "--out", "out", "--jobs", "1", cwd=base)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (base / "out" / f"{knee[0]}-ct" / "report.html").exists()

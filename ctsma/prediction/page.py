@@ -86,8 +86,8 @@ def _calibrated(about: dict) -> str:
 def _slices(knee: Knee, maps: dict[str, sitk.Image]) -> Figure:
     """A coronal slice and a sagittal one through each side: bone outlines, patch centres nearby, map of BV/TV."""
     usable = knee.patches[knee.patches["flag"] == ""]
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
-    axes = figure.subplots(1, 3)
+    figure = Figure(figsize=(13, 3.8))
+    axes = figure.subplots(1, 3, gridspec_kw={"left": 0.05, "right": 0.98, "bottom": 0.14, "wspace": 0.25})
     planes = [("coronal", usable)] + [(f"sagittal, {p}", usable[usable["compartment"].str.endswith(p)]) for p in PLACES]
     for ax, (name, rows) in zip(axes, planes, strict=True):
         if len(rows):
@@ -124,8 +124,9 @@ def _range(image: sitk.Image) -> tuple[float, float]:
 
 
 def _standing(compartments: pd.DataFrame, about: dict) -> Figure:
-    figure = Figure(figsize=(13, 2.6), layout="constrained")
-    for ax, name in zip(figure.subplots(1, len(BIOMARKERS), sharey=True), BIOMARKERS, strict=True):
+    figure = Figure(figsize=(13, 2.6))
+    room = {"left": 0.1, "right": 0.98, "bottom": 0.2, "top": 0.96, "wspace": 0.1}
+    for ax, name in zip(figure.subplots(1, len(BIOMARKERS), sharey=True, gridspec_kw=room), BIOMARKERS, strict=True):
         rows = compartments.rename(columns={name: "value", f"{name}_low": "low", f"{name}_high": "high"})
         known = np.array([about["compartments"][place][name] or [np.nan] * 21 for place in COMPARTMENTS])
         figures.standing(ax, rows[["value", "low", "high"]], known[:, [1, 10, 19]], figures.LABELS[name])
