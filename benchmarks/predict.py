@@ -88,7 +88,7 @@ def slide(path: str, model: str) -> None:
     def networks(batch):
         voi = np.ones((len(batch), 12, 48, 48), bool)
         found = prediction.estimate(ensemble.members, batch[:, 0].numpy(), voi)
-        return torch.from_numpy(found).float()[:, :, None, None, None].expand(-1, -1, *CT_SHAPE)
+        return torch.from_numpy(found).float()[:, :, None, None, None].repeat(1, 1, *CT_SHAPE)
 
     started = time.perf_counter()
     SlidingWindowInferer(CT_SHAPE, sw_batch_size=32, overlap=0.5)(slab, networks)
