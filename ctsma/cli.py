@@ -1,5 +1,5 @@
-"""The command line: run, status, simulate, import, check-data, report. Exit codes: 0 good, 1 found faults or a stage
-failed, 2 the user's input cannot be used, 130 stopped by the user."""
+"""The command line: run, status, simulate, import, check-data, predict, export-model, report. Exit codes: 0 good,
+1 found faults or a stage failed, 2 the user's input cannot be used, 130 stopped by the user."""
 
 import argparse
 import sys
@@ -12,6 +12,7 @@ from . import __version__
 from .cohort import InputFault
 
 STUDY_FAILED, BAD_INPUT, STOPPED = 1, 2, 130
+SHIPPED = Path(__file__).parents[1] / "models" / "quick"  # trained by the quick study
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_simulate(commands.add_parser("simulate", help="write a simulated cohort to disk"))
     _add_import(commands.add_parser("import", help="make a cohort without identities of a DICOM export"))
     _add_check_data(commands.add_parser("check-data", help="every fault of every knee of a manifest"))
+    _add_predict(commands.add_parser("predict", help="estimate the biomarkers of knees from their CT alone"))
+    _add_export(commands.add_parser("export-model", help="write a run's networks as a model directory for predict"))
     report = commands.add_parser("report", help="write a run's HTML report again")
     report.add_argument("--name", default="quick", help="folder below runs/")
     report.add_argument("--readme", help="also renew the results table of this README")
@@ -95,6 +98,26 @@ def _add_check_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="also write the table to this CSV")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.set_defaults(command=_check_data)
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ct", nargs="*", metavar="CT[:L|:R]", help="NIfTI file or DICOM folder, with its side")
+    parser.add_argument("--side", choices=["L", "R"], help="side of the CTs that name none")
+    parser.add_argument("--manifest", help="predict every CT of this manifest instead")
+    parser.add_argument("--root", help="folder the manifest's paths are relative to (default: the manifest's)")
+    parser.add_argument("--model", default=str(SHIPPED), help="model directory (default: the one that comes along)")
+    parser.add_argument("--out", required=True, help="folder of the results, one folder a CT")
+    parser.add_argument("--jobs", type=int, default=2, help="CTs at a time, one thread each (default: 2)")
+    parser.set_defaults(command=_predict)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", default="quick", help="finished run below runs/")
+    parser.add_argument("--out", required=True, help="model directory to write; an older one there is replaced")
+    parser.add_argument("--arm", default="ct_sma_plus", help="which networks (default: ct_sma_plus)")
+    parser.add_argument("--seed", type=int, default=0, help="of which seed (default: 0)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that measure the training CTs (default: 2)")
+    parser.set_defaults(command=_export)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -211,6 +234,34 @@ def _check_data(arguments: argparse.Namespace) -> int:
     fatal, warnings = (int((table["level"] == level).sum()) for level in ("fatal", "warning"))
     print(f"{len(manifest)} knees, {fatal} fatal findings, {warnings} warnings")
     return 1 if fatal else 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from . import prediction
+
+    if bool(arguments.ct) == bool(arguments.manifest):
+        raise InputFault("predict", "takes CTs or a manifest", "write ctsma predict CT:R ..., or --manifest FILE")
+    if arguments.manifest:
+        knees = prediction.manifest_cts(arguments.manifest, arguments.root)
+    else:
+        knees = prediction.listed_cts(arguments.ct, arguments.side)
+    with _Screen() as say:
+        table = prediction.predict_cts(knees, arguments.model, arguments.out, arguments.jobs, say)
+    for row in table.to_dict("records"):
+        print(f"{row['knee_id']}: {row['error'] or Path(arguments.out) / row['knee_id'] / 'report.html'}")
+        for warning in filter(None, str(row.get("warnings") or "").split("; ") if not row["error"] else []):
+            print(f"  warning: {warning}")
+    return STUDY_FAILED if (table["error"] != "").any() else 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from . import prediction
+
+    run = Path("runs") / arguments.name
+    folder = prediction.export_model(run, arguments.out, arguments.arm, arguments.seed, arguments.jobs)
+    size_mb = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    print(f"{folder}: {size_mb:.1f} MB; {folder / 'MODEL_CARD.md'}")
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -203,6 +203,25 @@ def places(ax: Axes, points_mm: np.ndarray, values: np.ndarray, names: Sequence,
     return ax
 
 
+def overlay(ax: Axes, values: np.ndarray, spacing_mm: Sequence[float], limits: Sequence[float]) -> Axes:
+    """Lay a map in colour over a slice drawn by `image`, on the same pixels; NaN leaves the slice free."""
+    extent = (0, values.shape[1] * spacing_mm[1], values.shape[0] * spacing_mm[0], 0)
+    ax.imshow(values, cmap="viridis", extent=extent, vmin=limits[0], vmax=limits[1], interpolation="nearest", alpha=0.6)
+    return ax
+
+
+def standing(ax: Axes, table: pd.DataFrame, known: np.ndarray, xlabel: str) -> Axes:
+    """Values with intervals over others' range: `table` has value, low, high; `known` (rows, 3) low, middle, high."""
+    for row, (entry, (low, middle, high)) in enumerate(zip(table[::-1].to_dict("records"), known[::-1], strict=True)):
+        ax.plot([low, high], [row, row], color="#CCCCCC", linewidth=11, solid_capstyle="butt")
+        ax.plot([middle, middle], [row - 0.2, row + 0.2], color="#888888", linewidth=1)
+        ax.plot([entry["low"], entry["high"]], [row, row], color="#0072B2", linewidth=1.6)
+        ax.plot(entry["value"], row, "o", color="#0072B2", markersize=5)
+    ax.set_yticks(range(len(table)), [str(name).replace("_", ", ") for name in table.index[::-1]])
+    ax.set(xlabel=xlabel, ylim=(-0.6, len(table) - 0.4))
+    return ax
+
+
 def _unit(array: np.ndarray) -> np.ndarray:
     low, high = np.percentile(array, (1, 99))
     return np.clip((array - low) / max(high - low, 1e-9), 0, 1)

@@ -19,7 +19,7 @@ from ctsma.cohort.provenance import imports
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "ctsma"
 ROOMS = ["cohort", "simulation", "registration", "biomarkers", "patches", "networks", "distillation"]
-ROOMS += ["agreement", "diagnosis", "difficulty", "figures", "intake", "study", "report", "cli"]
+ROOMS += ["agreement", "diagnosis", "difficulty", "figures", "intake", "prediction", "study", "report", "cli"]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 
@@ -64,7 +64,7 @@ def test_functions_are_short_and_the_package_is_thin():
     lengths = sorted(len(ast.unparse(_without_docstring(node)).splitlines()) for p in SOURCES for node in functions(p))
     assert lengths[len(lengths) // 2] <= 10
     assert max(lengths) <= 60  # the one long function is the compiled kernel of both scanners
-    assert sum(_code_lines(path) for path in SOURCES) < 5200
+    assert sum(_code_lines(path) for path in SOURCES) < 6400
 
 
 def _without_docstring(node):
@@ -149,7 +149,7 @@ def test_no_file_names_a_machine():
     names = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     for name in names.split():
         path = REPOSITORY / name
-        if path.is_file() and path.suffix != ".png":
+        if path.is_file() and path.suffix not in (".png", ".safetensors"):
             assert not re.search(r"/home/\w+/|/(root|Users|work)/", path.read_text()), name
 
 

@@ -160,3 +160,17 @@ def test_knees_with_ct_alone_are_read_and_diagnosed(tiny, tmp_path):
     assert set(bare) <= set(judged["ct_only_knees"]["probability"])
     assert all(0 <= p <= 1 for p in judged["ct_only_knees"]["probability"].values())
     assert 0 <= judged["ct_only_knees"]["auc_all"]["auc"] <= 1
+
+
+def test_the_studys_model_reads_a_ct(tiny):
+    base = tiny.parents[1]
+    done = ctsma("export-model", "--name", "tiny", "--out", "model", "--jobs", "1", cwd=base)
+    assert done.returncode == 0, done.stderr
+    about = json.loads((base / "model" / "model.json").read_text())
+    assert about["metrics"]["icc"] == results(tiny, "agreement")["icc"][about["arm"]]
+    assert about["training"]["parameters"]["epochs"] == 1
+    knee = (tiny / "cohort" / "simulated.csv").read_text().splitlines()[1].split(",")
+    given = f"{tiny / 'cohort' / 'images' / knee[0]}_ct.nii.gz:{knee[2]}"
+    done = ctsma("predict", given, "--model", "model", "--out", "out", "--jobs", "1", cwd=base)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (base / "out" / f"{knee[0]}-ct" / "report.html").exists()
