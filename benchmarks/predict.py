@@ -37,8 +37,8 @@ SEED, SLAB_WINDOWS = 7, 200
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
 
 
-def write_ct(path: Path) -> str:
-    """Simulate the CT; returns the knee's side."""
+def write_ct(path: str) -> None:
+    """Simulate the CT; says the knee's side."""
     protocol = load_protocol(None)
     knee = draw_subjects(protocol, 1, SEED).iloc[0].to_dict()
     subject = make_subject(knee, protocol, [SEED], None)
@@ -47,7 +47,7 @@ def write_ct(path: Path) -> str:
     cohort.write_volume(
         knees.scan(subject, poses["ct"], grids["ct"], "ct", drawn, np.random.default_rng(SEED))[0], path
     )
-    return knee["side"]
+    print(knee["side"])
 
 
 def measured(arguments: list[str]) -> dict:
@@ -105,10 +105,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.peer:
         name, path = arguments.peer
-        return resample(path) if name == "resample" else slide(path, arguments.model)
+        return (
+            {"write": write_ct, "resample": resample}[name](path) if name != "slide" else slide(path, arguments.model)
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "knee.nii.gz"
-        side = write_ct(path)
+        # A process of its own here too: a child's peak memory counts what its parent held when it was started.
+        side = measured([__file__, arguments.model, "--peer", "write", str(path)])["said"][0]
         command = ["-m", "ctsma.cli", "predict", f"{path}:{side}", "--model", arguments.model, "--jobs", "1"]
         found = {"predict": measured([*command, "--out", f"{folder}/out"])}
         found["predict_again"] = measured([*command, "--out", f"{folder}/out"])
