@@ -28,6 +28,12 @@ def mapped(transform: sitk.Transform, points_lps: np.ndarray) -> np.ndarray:
     return np.array([transform.TransformPoint(p) for p in np.asarray(points_lps, float).tolist()]).reshape(-1, 3)
 
 
+def carried(transform: sitk.Euler3DTransform, points_lps: np.ndarray) -> np.ndarray:
+    """`mapped` for a rigid transform, a hundred times faster: (n, 3) to (n, 3) in LPS mm."""
+    turned = (points_lps - np.array(transform.GetCenter())) @ np.reshape(transform.GetMatrix(), (3, 3)).T
+    return turned + transform.GetCenter() + transform.GetTranslation()
+
+
 def flexion_deg(femur: sitk.Euler3DTransform, tibia: sitk.Euler3DTransform) -> float:
     """Angle in degrees of the rotation between two bones' transforms: how much the knee bent between scans."""
     between = np.reshape(femur.GetMatrix(), (3, 3)).T @ np.reshape(tibia.GetMatrix(), (3, 3))
@@ -53,12 +59,11 @@ def bone_checks(
     depth = sitk.GetArrayFromImage(sitk.Resample(depth_mm, ct, sitk.Transform(), sitk.sitkLinear, -1e3))
     index = np.argwhere(depth > -MARGIN_MM)
     depth, hu = depth[tuple(index.T)], sitk.GetArrayViewFromImage(ct)[tuple(index.T)]
-    points = index[:, ::-1] @ _axes(ct).T + ct.GetOrigin() - np.array(transform.GetCenter())
-    points = points @ np.reshape(transform.GetMatrix(), (3, 3)).T + transform.GetCenter() + transform.GetTranslation()
-    grey = _sampled(mr, points)
+    points = carried(transform, index[:, ::-1] @ axes_of(ct).T + ct.GetOrigin())
+    grey = sampled(mr, points)
     mi = mutual_information(hu, grey)
     shifts = SHIFT_MM * np.concatenate([np.eye(3), -np.eye(3)])
-    around = np.array([mutual_information(hu, _sampled(mr, points + s)) for s in shifts])
+    around = np.array([mutual_information(hu, sampled(mr, points + s)) for s in shifts])
     peak = 1 - around.max() / mi if mi else 0.0
     rise, bend = around[:3] - around[3:], np.maximum(2 * mi - around[:3] - around[3:], 1e-6)
     off_mm = min(float(np.linalg.norm(SHIFT_MM * rise / (2 * bend))), 99.0)
@@ -105,10 +110,12 @@ def _median(values: np.ndarray) -> float:
     return float(np.median(seen)) if len(seen) else np.nan
 
 
-def _axes(image: sitk.Image) -> np.ndarray:
+def axes_of(image: sitk.Image) -> np.ndarray:
+    """Columns are the steps in LPS mm to the next voxel along x, y, z of the image: (3, 3)."""
     return np.reshape(image.GetDirection(), (3, 3)) * np.array(image.GetSpacing())
 
 
-def _sampled(image: sitk.Image, points_lps: np.ndarray) -> np.ndarray:
-    index = np.linalg.solve(_axes(image), (points_lps - np.array(image.GetOrigin())).T)[::-1]
+def sampled(image: sitk.Image, points_lps: np.ndarray) -> np.ndarray:
+    """Linear interpolation of an image at points (n, 3) in LPS mm; NaN outside it."""
+    index = np.linalg.solve(axes_of(image), (points_lps - np.array(image.GetOrigin())).T)[::-1]
     return ndimage.map_coordinates(sitk.GetArrayViewFromImage(image), index, order=1, cval=np.nan)

@@ -17,7 +17,7 @@ import SimpleITK as sitk
 from ctsma.cohort import BONES, InputFault
 
 from .masks import isotropic
-from .quality import bone_checks, flexion_deg, reason_to_flag
+from .quality import axes_of, bone_checks, carried, flexion_deg, reason_to_flag, sampled
 
 START_VOXELS = 5000  # CT voxels of the exhaustive start: 4 mm on a 60 mm box, 6 mm on a knee (our choice)
 START_GRID = 32  # edge of its Fourier grid: any shift up to half of it is tried
@@ -46,6 +46,9 @@ WHOLE_KNEE = (Level(4.0, 3.0), Level(2.0, 1.5))
 # Levels were tuned on simulated knees: a bone at 4 mm, or sampled at 1 mm, ended in a false maximum on one of them;
 # leaving out cartilage beyond 1 mm at the last level took the worst of six femurs from 0.36 to 0.22 mm
 PER_BONE = (Level(2.0, 1.5, 0, 6.0), Level(1.0, 0.6), Level(0.5, 0.2, 60_000, 1.0))
+HALF = Level(0.5, 0.2, 20_000, 1.0)  # as the last level, fewer samples as a half holds fewer (our choice)
+MIN_BEARING, LOST_MM = 100, 99.0  # voxels of 1 mm below which nothing is known, and what is said then (our choice)
+BEARING_MM = 20.0  # subchondral bone: this near to the other bone, cartilage and joint space included (our choice)
 
 
 @dataclass
@@ -106,6 +109,8 @@ def register_knee(ct: sitk.Image, mr: sitk.Image, masks: sitk.Image, *, seed: in
     hinged = [_hinged(whole, np.mean([_middle(d) for d in depths.values()], 0), angle) for angle in HINGE_DEG]
     found = {b: _descend(hinged, pyramid, PER_BONE, d, seed, rows, "per_bone", b) for b, d in depths.items()}
     checks = {bone: bone_checks(*pyramid[1.0], depths[bone], found[bone]) for bone in BONES}
+    for bone in BONES:
+        checks[bone]["drift_mm"] = drift_mm(*pyramid[HALF.spacing_mm], depths, bone, found[bone], seed=seed)
     stages = {
         "centre": dict.fromkeys(BONES, starts[0][1]),
         "whole_knee": dict.fromkeys(BONES, whole),
@@ -113,6 +118,49 @@ def register_knee(ct: sitk.Image, mr: sitk.Image, masks: sitk.Image, *, seed: in
     }
     quality, bent_deg = {bone: checks[bone]["peak"] for bone in BONES}, flexion_deg(*found.values())
     return Registration(found, rows, stages, checks, quality, bent_deg, reason_to_flag(checks, bent_deg))
+
+
+def drift_mm(
+    fixed: sitk.Image,
+    moving: sitk.Image,
+    depths_mm: dict[str, sitk.Image],
+    bone: str,
+    transform: sitk.Euler3DTransform,
+    *,
+    seed: int,
+) -> float:
+    """How far subchondral bone moves, in mm, when the bone's left or its right half is aligned alone from `transform`.
+
+    An aligned bone stays within the scatter of half its voxels. One that rests on a false maximum, or that a part of
+    the bone outvotes, moves: the halves disagree. No truth is needed (our idea).
+
+    Parameters
+    ----------
+    fixed, moving : CT and MR, isotropic, about 0.5 mm; depths_mm : {bone: signed distance to its surface, inside
+        positive}; transform : CT points to MR points; seed : of the metric's samples.
+
+    Returns
+    -------
+    The larger of the two halves' mean displacements; `LOST_MM` where a half is not in view or not to be aligned.
+    """
+    depth, other = (sitk.GetArrayFromImage(depths_mm[b]) for b in (bone, *(BONES.keys() - {bone})))
+    grid, axis = depths_mm[bone], int(np.argmax(np.abs(depths_mm[bone].GetDirection()[:3])))  # runs left to right
+    index = np.argwhere(depth > 0)
+    points = np.array(grid.GetOrigin()) + index[:, ::-1] @ axes_of(grid).T
+    seen = np.isfinite(sampled(moving, carried(transform, points)))
+    bearing = points[seen & (other[tuple(index.T)] > -BEARING_MM)]
+    if len(bearing) < MIN_BEARING:
+        return LOST_MM
+    across, moves = np.arange(grid.GetSize()[axis]) > np.median(index[seen, 2 - axis]), []
+    for side in (across, ~across):
+        half = np.where(np.expand_dims(side, [a for a in range(3) if a != 2 - axis]), depth, OUTSIDE)
+        half = sitk.GetImageFromArray(half.astype(np.float32))
+        half.CopyInformation(grid)
+        region, mask = _masked(fixed, half, HALF.margin_mm)
+        end, metric, *_ = _optimised(region, moving, mask, transform, HALF, seed)
+        moved = np.linalg.norm(carried(end, bearing) - carried(transform, bearing), axis=1)
+        moves.append(float(moved.mean()) if metric else LOST_MM)
+    return max(moves)
 
 
 def starting_transforms(ct: sitk.Image, mr: sitk.Image) -> list[tuple[float, sitk.Euler3DTransform]]:
