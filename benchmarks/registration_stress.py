@@ -10,6 +10,7 @@ spoils images and headers after simulation. Every MR is moved by up to 40 mm and
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 
@@ -88,7 +89,8 @@ def metal(ct: sitk.Image, mr: sitk.Image, masks: sitk.Image, true: dict, rng: np
     """A screw in one bone: 3000 HU with streaks in its axial slices, and a void in the MR. A likeness, not physics."""
     bone = list(cohort.BONES)[rng.integers(2)]
     inside = sitk.GetArrayFromImage(sitk.SignedMaurerDistanceMap(masks == cohort.BONES[bone], True, False, True))
-    z, y, x = (float(v) for v in (places := np.argwhere(inside > 6))[rng.integers(len(places))])
+    places = np.argwhere(inside > 6)
+    z, y, x = (float(v) for v in places[rng.integers(len(places))])
     centre = np.array(ct.TransformContinuousIndexToPhysicalPoint([x, y, z]))
     grey, points = sitk.GetArrayFromImage(ct), _points(ct) - centre
     r, angle = np.hypot(points[..., 0], points[..., 1]), np.arctan2(points[..., 1], points[..., 0])
@@ -148,7 +150,9 @@ def one_start(root: Path, knee_id: str, condition: str, draw: int) -> dict:
         for p in [truth.target_points_lps(bone)]
     }
     seconds = time.process_time() - tic
-    return row | {"tre_mm": errors, "flagged": found.flagged, "checks": found.checks, "cpu_seconds": seconds}
+    second = sum(r["stage"] == "second_look" for r in found.stages)
+    row |= {"tre_mm": errors, "checks": found.checks, "bent_deg": found.flexion_deg, "cpu_seconds": seconds}
+    return row | {"flagged": found.flagged, "second_looks": second}
 
 
 def summary(rows: list[dict]) -> dict:
@@ -172,7 +176,7 @@ def main() -> None:
     parser.add_argument("--knees", type=int, default=14)
     parser.add_argument("--draws", type=int, default=2)
     given = parser.parse_args()
-    root = simulated(given.folder, given.knees)
+    root = simulated(given.folder, given.knees, SEED, {"flexion_difference": f"low: 0, high: {FLEXION_DEG:.0f}"})
     kept = given.folder / "starts.jsonl"
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     done = {(r["knee_id"], r["condition"], r["draw"]) for r in rows}
@@ -184,14 +188,16 @@ def main() -> None:
     write(rows, given.knees)
 
 
-def simulated(folder: Path, knees: int) -> Path:
-    """Cohort with up to 20 degrees of flexion between the scans, in the folder."""
-    entry = "flexion_difference: {low: 0, high: "
+def simulated(folder: Path, knees: int, seed: int, changes: dict[str, str]) -> Path:
+    """A cohort with some pose entries of the protocol replaced; kept in the folder."""
     text = (Path(simulation.__file__).with_name("protocol.yaml")).read_text()
+    for name, value in changes.items():
+        text, n = re.subn(rf"(  {name}: {{)[^u]*, unit", rf"\g<1>{value}, unit", text)
+        assert n == 1, name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bent.yaml").write_text(text.replace(entry + "15", f"{entry}{FLEXION_DEG:.0f}"))
+    (folder / "protocol.yaml").write_text(text)
     if not (folder / "simulated.csv").exists():
-        simulation.write_cohort(folder, "simulated", knees, SEED, protocol=folder / "bent.yaml")
+        simulation.write_cohort(folder, "simulated", knees, seed, protocol=folder / "protocol.yaml")
     return folder
 
 

@@ -13,6 +13,7 @@ MIN_PEAK = (
     0.11  # simulated: aligned 0.13 to 0.41 but once 0.07; MR of another or a mirrored knee below 0.10 (our choice)
 )
 MAX_OFF_MM = 0.55  # simulated: aligned up to 0.40, moved by 1 mm mostly 0.6 and more (our choice)
+MAX_DRIFT_MM = 0.5  # PLACEHOLDER
 MIN_CONTRAST = 0.0  # in bSSFP cortex is never brighter than marrow; aligned knees show 0.14 and more (our choice)
 MIN_OVERLAP = 0.4  # of the bone in CT; a cropped MR still shows 0.7 (our choice)
 MAX_FLEXION_DEG = 25.0  # a knee bends 0-15 degrees differently between scanners (our choice)
@@ -99,6 +100,8 @@ def reason_to_flag(checks: dict[str, dict[str, float]], bent_deg: float) -> str:
             return f"the MR does not match the CT's {bone}: peak of mutual information {c['peak']:.2f} < {MIN_PEAK}"
         if c["off_mm"] > MAX_OFF_MM:
             return f"the MR seems {c['off_mm']:.1f} mm off the CT's {bone}"
+        if c["drift_mm"] > MAX_DRIFT_MM:
+            return f"halves of the {bone} disagree with the whole by {c['drift_mm']:.1f} mm"
         if not c["contrast"] > MIN_CONTRAST:
             return f"the MR is not darker in the {bone}'s cortex than in its marrow"
     bent = f"femur and tibia bent by {bent_deg:.0f} degrees between CT and MR"

@@ -17,7 +17,7 @@ import SimpleITK as sitk
 from ctsma.cohort import BONES, InputFault
 
 from .masks import isotropic
-from .quality import axes_of, bone_checks, carried, flexion_deg, reason_to_flag, sampled
+from .quality import MAX_DRIFT_MM, axes_of, bone_checks, carried, flexion_deg, reason_to_flag, sampled
 
 START_VOXELS = 5000  # CT voxels of the exhaustive start: 4 mm on a 60 mm box, 6 mm on a knee (our choice)
 START_GRID = 32  # edge of its Fourier grid: any shift up to half of it is tried
@@ -101,16 +101,17 @@ def register_knee(ct: sitk.Image, mr: sitk.Image, masks: sitk.Image, *, seed: in
     for bone in [b for b, value in BONES.items() if not (sitk.GetArrayViewFromImage(masks) == value).any()]:
         raise InputFault("masks", f"hold no {bone}", "give labels of both bones on the CT grid")
     pyramid = {s: (isotropic(ct, s), isotropic(mr, s)) for s in {v.spacing_mm for v in WHOLE_KNEE + PER_BONE}}
-    depths = {bone: _depth_mm(masks, value) for bone, value in BONES.items()}
+    depths = bone_depths_mm(masks)
     tic = time.process_time()
     starts = starting_transforms(ct, mr)
     rows = [_row("centre", "", 0.0, starts[0][0], len(starts), "exhaustive", time.process_time() - tic)]
-    whole = _descend([t for _, t in starts[:START_KEPT]], pyramid, WHOLE_KNEE, None, seed, rows, "whole_knee")
+    whole = descend([t for _, t in starts[:START_KEPT]], pyramid, WHOLE_KNEE, None, seed, rows, "whole_knee")
     hinged = [_hinged(whole, np.mean([_middle(d) for d in depths.values()], 0), angle) for angle in HINGE_DEG]
-    found = {b: _descend(hinged, pyramid, PER_BONE, d, seed, rows, "per_bone", b) for b, d in depths.items()}
-    checks = {bone: bone_checks(*pyramid[1.0], depths[bone], found[bone]) for bone in BONES}
+    found = {b: descend(hinged, pyramid, PER_BONE, d, seed, rows, "per_bone", b) for b, d in depths.items()}
+    checks = {}
     for bone in BONES:
-        checks[bone]["drift_mm"] = drift_mm(*pyramid[HALF.spacing_mm], depths, bone, found[bone], seed=seed)
+        found[bone], drift_mm = _second_look(found[bone], pyramid, depths, bone, seed, rows)
+        checks[bone] = bone_checks(*pyramid[1.0], depths[bone], found[bone]) | {"drift_mm": drift_mm}
     stages = {
         "centre": dict.fromkeys(BONES, starts[0][1]),
         "whole_knee": dict.fromkeys(BONES, whole),
@@ -120,7 +121,17 @@ def register_knee(ct: sitk.Image, mr: sitk.Image, masks: sitk.Image, *, seed: in
     return Registration(found, rows, stages, checks, quality, bent_deg, reason_to_flag(checks, bent_deg))
 
 
-def drift_mm(
+def _second_look(found, pyramid, depths_mm, bone, seed, rows) -> tuple[sitk.Euler3DTransform, float]:
+    """Transform and drift; where the halves of a bone drift away, the whole bone starts again from where they went."""
+    pair = pyramid[HALF.spacing_mm]
+    drift_mm, ends = half_bones(*pair, depths_mm, bone, found, seed=seed)
+    if drift_mm <= MAX_DRIFT_MM:
+        return found, drift_mm
+    again = descend([found, *ends], pyramid, PER_BONE[-1:], depths_mm[bone], seed, rows, "second_look", bone)
+    return again, half_bones(*pair, depths_mm, bone, again, seed=seed)[0]
+
+
+def half_bones(
     fixed: sitk.Image,
     moving: sitk.Image,
     depths_mm: dict[str, sitk.Image],
@@ -128,7 +139,7 @@ def drift_mm(
     transform: sitk.Euler3DTransform,
     *,
     seed: int,
-) -> float:
+) -> tuple[float, list[sitk.Euler3DTransform]]:
     """How far subchondral bone moves, in mm, when the bone's left or its right half is aligned alone from `transform`.
 
     An aligned bone stays within the scatter of half its voxels. One that rests on a false maximum, or that a part of
@@ -141,7 +152,8 @@ def drift_mm(
 
     Returns
     -------
-    The larger of the two halves' mean displacements; `LOST_MM` where a half is not in view or not to be aligned.
+    The larger of the two halves' mean displacements, `LOST_MM` where a half is not in view or not to be aligned; and
+    the halves' own transforms.
     """
     depth, other = (sitk.GetArrayFromImage(depths_mm[b]) for b in (bone, *(BONES.keys() - {bone})))
     grid, axis = depths_mm[bone], int(np.argmax(np.abs(depths_mm[bone].GetDirection()[:3])))  # runs left to right
@@ -150,8 +162,9 @@ def drift_mm(
     seen = np.isfinite(sampled(moving, carried(transform, points)))
     bearing = points[seen & (other[tuple(index.T)] > -BEARING_MM)]
     if len(bearing) < MIN_BEARING:
-        return LOST_MM
+        return LOST_MM, []
     across, moves = np.arange(grid.GetSize()[axis]) > np.median(index[seen, 2 - axis]), []
+    ends = []
     for side in (across, ~across):
         half = np.where(np.expand_dims(side, [a for a in range(3) if a != 2 - axis]), depth, OUTSIDE)
         half = sitk.GetImageFromArray(half.astype(np.float32))
@@ -160,7 +173,8 @@ def drift_mm(
         end, metric, *_ = _optimised(region, moving, mask, transform, HALF, seed)
         moved = np.linalg.norm(carried(end, bearing) - carried(transform, bearing), axis=1)
         moves.append(float(moved.mean()) if metric else LOST_MM)
-    return max(moves)
+        ends.append(end)
+    return max(moves), ends
 
 
 def starting_transforms(ct: sitk.Image, mr: sitk.Image) -> list[tuple[float, sitk.Euler3DTransform]]:
@@ -220,8 +234,20 @@ def _likelihood(joint: np.ndarray) -> np.ndarray:
     return plogp(joint) - plogp(joint.sum(1)) - plogp(joint.sum(0)) + plogp(total)
 
 
-def _descend(starts, pyramid, levels, depth_mm, seed, rows, stage, bone="") -> sitk.Euler3DTransform:
-    """Coarse to fine: every start at the first level, the best of them further; one row of the log a level."""
+def descend(
+    starts: list[sitk.Euler3DTransform],
+    pyramid: dict[float, tuple[sitk.Image, sitk.Image]],
+    levels: Sequence[Level],
+    depth_mm: sitk.Image | None,
+    seed: int,
+    rows: list[dict],
+    stage: str,
+    bone: str = "",
+) -> sitk.Euler3DTransform:
+    """Coarse to fine: every start at the first level, the best of them further; `rows` gets one log line a level.
+
+    `pyramid` {spacing in mm: (CT, MR)}; `depth_mm` signed distance to the bone's surface, None for the whole knee.
+    """
     for level in levels:
         fixed, moving = pyramid[level.spacing_mm]
         fixed, mask = (fixed, None) if depth_mm is None else _masked(fixed, depth_mm, level.margin_mm)
@@ -261,9 +287,10 @@ def _row(stage, bone, spacing_mm, metric, iterations, stop, seconds) -> dict:
     return row | {"iterations": iterations, "stop": stop, "seconds": seconds}
 
 
-def _depth_mm(masks: sitk.Image, value: int) -> sitk.Image:
-    coarse = isotropic(sitk.Cast(masks == value, sitk.sitkFloat32), 1.0)
-    return sitk.SignedMaurerDistanceMap(coarse > 0.5, True, False, True)
+def bone_depths_mm(masks: sitk.Image) -> dict[str, sitk.Image]:
+    """{bone: signed distance to its surface in mm, inside positive, on a 1 mm grid} of a label image (`BONES`)."""
+    coarse = {b: isotropic(sitk.Cast(masks == value, sitk.sitkFloat32), 1.0) for b, value in BONES.items()}
+    return {bone: sitk.SignedMaurerDistanceMap(share > 0.5, True, False, True) for bone, share in coarse.items()}
 
 
 def _masked(fixed: sitk.Image, depth_mm: sitk.Image, margin_mm: float) -> tuple[sitk.Image, sitk.Image]:

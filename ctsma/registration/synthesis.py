@@ -24,6 +24,7 @@ WIDTHS = (12, 24)  # channels of the U-net's two levels (our choice, by time)
 PATCH, BATCH = 64, 4  # mm of a crop, crops a step (our choice)
 CYCLE, IDENTITY, INFORMATION = 10.0, 2.0, 1.0  # weights of cycle, identity (half of the usual 5) and MI (our choice)
 BINS = 16  # of the soft joint histogram (our choice)
+NEAR_MM = 15.0  # soft tissue further from a bone than this did not move with it (our choice)
 
 
 class Recipe(NamedTuple):
@@ -197,3 +198,21 @@ def _cycle_step(networks: list, recipe: Recipe):
         critics.step()
 
     return step
+
+
+def ct_beside_mr(
+    ct: sitk.Image, grid: sitk.Image, transforms: dict[str, sitk.Euler3DTransform], depths_mm: dict[str, sitk.Image]
+) -> np.ndarray:
+    """The CT's slices (n, z, y) in -1..1 on an MR's grid (`grey_slices`), NaN where no aligned bone is near.
+
+    `transforms` {bone: CT points to MR points} of an earlier stage; `depths_mm` {bone: signed distance, CT space}. Each
+    voxel takes the CT through the transform of the bone it is nearest to.
+    """
+    outside = HU_RANGE[0] - 1e4
+    carried = {b: sitk.Resample(ct, grid, t.GetInverse(), sitk.sitkLinear, outside) for b, t in transforms.items()}
+    near = {b: sitk.Resample(depths_mm[b], grid, t.GetInverse(), sitk.sitkLinear, -1e3) for b, t in transforms.items()}
+    hu, depth = (np.stack([sitk.GetArrayFromImage(v) for v in images.values()]) for images in (carried, near))
+    chosen = np.take_along_axis(hu, depth.argmax(0)[None], 0)[0]
+    scaled = 2 * (np.clip(chosen, *HU_RANGE) - HU_RANGE[0]) / (HU_RANGE[1] - HU_RANGE[0]) - 1
+    scaled[(depth.max(0) < -NEAR_MM) | (chosen < outside / 2)] = np.nan
+    return np.ascontiguousarray(scaled.transpose(2, 0, 1), np.float32)
