@@ -55,7 +55,9 @@ def one_knee(root: Path, knee_id: str) -> list[dict]:
             for kind, transform in (("moved", start), ("settled", end))[n == 0 :]:
                 error = float(target_registration_error_mm(transform, true, points).mean())
                 checks = bone_checks(*pyramid[1.0], depths[bone], transform)
-                checks["drift_mm"] = half_bones(*pyramid[HALF.spacing_mm], depths, bone, transform, seed=0)[0]
+                checks["drift_mm"] = half_bones(
+                    *pyramid[HALF.spacing_mm], depths, bone, transform, margin_mm=HALF.margin_mm, seed=0
+                )[0]
                 rows.append({"knee_id": knee_id, "bone": bone, "kind": kind, "move": n, "error_mm": error} | checks)
     return rows
 

@@ -46,7 +46,7 @@ WHOLE_KNEE = (Level(4.0, 3.0), Level(2.0, 1.5))
 # Levels were tuned on simulated knees: a bone at 4 mm, or sampled at 1 mm, ended in a false maximum on one of them;
 # leaving out cartilage beyond 1 mm at the last level took the worst of six femurs from 0.36 to 0.22 mm
 PER_BONE = (Level(2.0, 1.5, 0, 6.0), Level(1.0, 0.6), Level(0.5, 0.2, 60_000, 1.0))
-HALF = Level(0.5, 0.2, 20_000, 1.0)  # as the last level, fewer samples as a half holds fewer (our choice)
+HALF = PER_BONE[-1]._replace(samples=20_000)  # a half holds fewer (our choice)
 MIN_BEARING, LOST_MM = 100, 99.0  # voxels of 1 mm below which nothing is known, and what is said then (our choice)
 BEARING_MM = 20.0  # subchondral bone: this near to the other bone, cartilage and joint space included (our choice)
 
@@ -102,15 +102,19 @@ def register_knee(ct: sitk.Image, mr: sitk.Image, masks: sitk.Image, *, seed: in
         raise InputFault("masks", f"hold no {bone}", "give labels of both bones on the CT grid")
     pyramid = {s: (isotropic(ct, s), isotropic(mr, s)) for s in {v.spacing_mm for v in WHOLE_KNEE + PER_BONE}}
     depths = bone_depths_mm(masks)
+    # within 1 mm of a bone, slices of 3 mm show too little of the joint: 1.7 mm off on one of two such knees
+    last = PER_BONE[-1]._replace(margin_mm=max(PER_BONE[-1].margin_mm, *mr.GetSpacing()))
     tic = time.process_time()
     starts = starting_transforms(ct, mr)
     rows = [_row("centre", "", 0.0, starts[0][0], len(starts), "exhaustive", time.process_time() - tic)]
     whole = descend([t for _, t in starts[:START_KEPT]], pyramid, WHOLE_KNEE, None, seed, rows, "whole_knee")
     hinged = [_hinged(whole, np.mean([_middle(d) for d in depths.values()], 0), angle) for angle in HINGE_DEG]
-    found = {b: descend(hinged, pyramid, PER_BONE, d, seed, rows, "per_bone", b) for b, d in depths.items()}
+    found = {
+        b: descend(hinged, pyramid, [*PER_BONE[:-1], last], d, seed, rows, "per_bone", b) for b, d in depths.items()
+    }
     checks = {}
     for bone in BONES:
-        found[bone], drift_mm = _second_look(found[bone], pyramid, depths, bone, seed, rows)
+        found[bone], drift_mm = _second_look(found[bone], pyramid, depths, bone, last, seed, rows)
         checks[bone] = bone_checks(*pyramid[1.0], depths[bone], found[bone]) | {"drift_mm": drift_mm}
     stages = {
         "centre": dict.fromkeys(BONES, starts[0][1]),
@@ -121,14 +125,14 @@ def register_knee(ct: sitk.Image, mr: sitk.Image, masks: sitk.Image, *, seed: in
     return Registration(found, rows, stages, checks, quality, bent_deg, reason_to_flag(checks, bent_deg))
 
 
-def _second_look(found, pyramid, depths_mm, bone, seed, rows) -> tuple[sitk.Euler3DTransform, float]:
+def _second_look(found, pyramid, depths_mm, bone, last, seed, rows) -> tuple[sitk.Euler3DTransform, float]:
     """Transform and drift; where the halves of a bone drift away, the whole bone starts again from where they went."""
-    pair = pyramid[HALF.spacing_mm]
-    drift_mm, ends = half_bones(*pair, depths_mm, bone, found, seed=seed)
+    known = *pyramid[last.spacing_mm], depths_mm, bone
+    drift_mm, ends = half_bones(*known, found, margin_mm=last.margin_mm, seed=seed)
     if drift_mm <= MAX_DRIFT_MM:
         return found, drift_mm
-    again = descend([found, *ends], pyramid, PER_BONE[-1:], depths_mm[bone], seed, rows, "second_look", bone)
-    return again, half_bones(*pair, depths_mm, bone, again, seed=seed)[0]
+    again = descend([found, *ends], pyramid, [last], depths_mm[bone], seed, rows, "second_look", bone)
+    return again, half_bones(*known, again, margin_mm=last.margin_mm, seed=seed)[0]
 
 
 def half_bones(
@@ -138,6 +142,7 @@ def half_bones(
     bone: str,
     transform: sitk.Euler3DTransform,
     *,
+    margin_mm: float,
     seed: int,
 ) -> tuple[float, list[sitk.Euler3DTransform]]:
     """How far subchondral bone moves, in mm, when the bone's left or its right half is aligned alone from `transform`.
@@ -148,7 +153,7 @@ def half_bones(
     Parameters
     ----------
     fixed, moving : CT and MR, isotropic, about 0.5 mm; depths_mm : {bone: signed distance to its surface, inside
-        positive}; transform : CT points to MR points; seed : of the metric's samples.
+        positive}; transform : CT points to MR points; margin_mm : of the mask; seed : of the metric's samples.
 
     Returns
     -------
@@ -169,7 +174,7 @@ def half_bones(
         half = np.where(np.expand_dims(side, [a for a in range(3) if a != 2 - axis]), depth, OUTSIDE)
         half = sitk.GetImageFromArray(half.astype(np.float32))
         half.CopyInformation(grid)
-        region, mask = _masked(fixed, half, HALF.margin_mm)
+        region, mask = _masked(fixed, half, margin_mm)
         end, metric, *_ = _optimised(region, moving, mask, transform, HALF, seed)
         moved = np.linalg.norm(carried(end, bearing) - carried(transform, bearing), axis=1)
         moves.append(float(moved.mean()) if metric else LOST_MM)
