@@ -19,7 +19,7 @@ import SimpleITK as sitk
 from scipy.stats import binomtest
 
 from ctsma import cohort, simulation
-from ctsma.registration import bone_masks, flexion_deg, register_knee, target_registration_error_mm
+from ctsma.registration import bone_masks, flexion_deg, reason_to_flag, register_knee, target_registration_error_mm
 from ctsma.registration.stages import centre_of, rigid
 
 SHIFT_MM, TURN_DEG, FLEXION_DEG, SEED = 40.0, 30.0, 20.0, 7300
@@ -202,7 +202,8 @@ def simulated(folder: Path, knees: int, seed: int, changes: dict[str, str]) -> P
 
 
 def write(rows: list[dict], knees: int) -> None:
-    """Show and write the summary."""
+    """Show and write the summary, with the flag's limits as they are now."""
+    rows = [r | ({"flagged": reason_to_flag(r["checks"], r["bent_deg"])} if r["tre_mm"] else {}) for r in rows]
     parts = {c: [r for r in rows if r["condition"] == c] for c in CONDITIONS}
     parts |= {"flexion_above_12_deg": [r for r in rows if r["flexion_deg"] > 12]}
     found = {"seed": SEED, "knees": knees, "protocol_sha256": simulation.protocol_sha256(), "all_starts": summary(rows)}
