@@ -67,16 +67,21 @@ def flagged(row: dict) -> bool:
     return reason_to_flag({row["bone"]: row}, 0.0) != ""
 
 
-def summary(rows: list[dict]) -> dict:
-    """Share flagged by error, ROC of each check for an error above 1 mm, and the flag's own point on it."""
-    error, flag = np.array([r["error_mm"] for r in rows]), np.array([flagged(r) for r in rows])
-    bins = []
+def by_error(rows: list[dict]) -> list[dict]:
+    """Share flagged by size of the error, with Wilson intervals."""
+    error, flag, bins = np.array([r["error_mm"] for r in rows]), np.array([flagged(r) for r in rows]), []
     for low, high in zip(BINS_MM[:-1], BINS_MM[1:], strict=True):
         inside = (error >= low) & (error < high)
         if inside.any():
             interval = binomtest(int(flag[inside].sum()), int(inside.sum())).proportion_ci(method="wilson")
             share = {"flagged": float(flag[inside].mean()), "ci_low": interval.low, "ci_high": interval.high}
             bins.append({"low_mm": low, "high_mm": high, "n": int(inside.sum())} | share)
+    return bins
+
+
+def summary(rows: list[dict]) -> dict:
+    """Share flagged by error, ROC of each check for an error above 1 mm, and the flag's own point on it."""
+    error, flag = np.array([r["error_mm"] for r in rows]), np.array([flagged(r) for r in rows])
     wrong = (error > 1.0).astype(int)
     curves, areas = {}, {}
     for name, sign in SCORES.items():
@@ -85,7 +90,7 @@ def summary(rows: list[dict]) -> dict:
         false_positive, true_positive, _ = roc_curve(wrong, score)
         curves[name] = {"false_positive": false_positive.tolist(), "true_positive": true_positive.tolist()}
     point = {"sensitivity": float(flag[wrong == 1].mean()), "false_alarms": float(flag[error < 0.5].mean())}
-    return {"n": len(rows), "by_error": bins, "auc_of_error_above_1_mm": areas, "flag": point, "roc": curves}
+    return {"n": len(rows), "by_error": by_error(rows), "auc_of_error_above_1_mm": areas, "flag": point, "roc": curves}
 
 
 def main() -> None:
@@ -109,9 +114,8 @@ def write(rows: list[dict]) -> None:
     """Report the odd knees."""
     odd = [r for r in rows if int(r["knee_id"][1:]) % 2]
     found = {"knees": len({r["knee_id"] for r in odd}), "seed": SEED, "protocol_sha256": simulation.protocol_sha256()}
-    found |= summary(odd) | {"kinds": {k: summary([r for r in odd if r["kind"] == k]) for k in ("moved", "settled")}}
-    for part in found["kinds"].values():
-        del part["roc"]
+    found |= summary(odd)
+    found["settled_by_error"] = by_error([r for r in odd if r["kind"] == "settled"])
     cohort.write_json(OUT, found)
     print(json.dumps({k: v for k, v in found.items() if k != "roc"}, indent=1))
 
