@@ -13,7 +13,7 @@ import SimpleITK as sitk
 from ctsma.cohort import BONES, InputFault, read_knee_volume, write_json, write_volume
 
 from .masks import bone_masks, isotropic
-from .quality import bone_checks, flexion_deg, mapped, target_registration_error_mm
+from .quality import bone_checks, flexion_deg, mapped, reason_to_flag, target_registration_error_mm
 from .stages import Registration, register_knee, rigid, starting_transforms
 
 

@@ -17,7 +17,7 @@ import SimpleITK as sitk
 from ctsma.cohort import BONES, InputFault
 
 from .masks import isotropic
-from .quality import bone_checks, flexion_deg, reason_to_flag
+from .quality import MAX_DRIFT_MM, axes_of, bone_checks, carried, flexion_deg, reason_to_flag, sampled
 
 START_VOXELS = 5000  # CT voxels of the exhaustive start: 4 mm on a 60 mm box, 6 mm on a knee (our choice)
 START_GRID = 32  # edge of its Fourier grid: any shift up to half of it is tried
@@ -46,6 +46,9 @@ WHOLE_KNEE = (Level(4.0, 3.0), Level(2.0, 1.5))
 # Levels were tuned on simulated knees: a bone at 4 mm, or sampled at 1 mm, ended in a false maximum on one of them;
 # leaving out cartilage beyond 1 mm at the last level took the worst of six femurs from 0.36 to 0.22 mm
 PER_BONE = (Level(2.0, 1.5, 0, 6.0), Level(1.0, 0.6), Level(0.5, 0.2, 60_000, 1.0))
+HALF = PER_BONE[-1]._replace(samples=20_000)  # a half holds fewer (our choice)
+MIN_BEARING, LOST_MM = 100, 99.0  # voxels of 1 mm below which nothing is known, and what is said then (our choice)
+BEARING_MM = 20.0  # subchondral bone: this near to the other bone, cartilage and joint space included (our choice)
 
 
 @dataclass
@@ -98,14 +101,21 @@ def register_knee(ct: sitk.Image, mr: sitk.Image, masks: sitk.Image, *, seed: in
     for bone in [b for b, value in BONES.items() if not (sitk.GetArrayViewFromImage(masks) == value).any()]:
         raise InputFault("masks", f"hold no {bone}", "give labels of both bones on the CT grid")
     pyramid = {s: (isotropic(ct, s), isotropic(mr, s)) for s in {v.spacing_mm for v in WHOLE_KNEE + PER_BONE}}
-    depths = {bone: _depth_mm(masks, value) for bone, value in BONES.items()}
+    depths = bone_depths_mm(masks)
+    # within 1 mm of a bone, slices of 3 mm show too little of the joint: 1.7 mm off on one of two such knees
+    last = PER_BONE[-1]._replace(margin_mm=max(PER_BONE[-1].margin_mm, *mr.GetSpacing()))
     tic = time.process_time()
     starts = starting_transforms(ct, mr)
     rows = [_row("centre", "", 0.0, starts[0][0], len(starts), "exhaustive", time.process_time() - tic)]
-    whole = _descend([t for _, t in starts[:START_KEPT]], pyramid, WHOLE_KNEE, None, seed, rows, "whole_knee")
+    whole = descend([t for _, t in starts[:START_KEPT]], pyramid, WHOLE_KNEE, None, seed, rows, "whole_knee")
     hinged = [_hinged(whole, np.mean([_middle(d) for d in depths.values()], 0), angle) for angle in HINGE_DEG]
-    found = {b: _descend(hinged, pyramid, PER_BONE, d, seed, rows, "per_bone", b) for b, d in depths.items()}
-    checks = {bone: bone_checks(*pyramid[1.0], depths[bone], found[bone]) for bone in BONES}
+    found = {
+        b: descend(hinged, pyramid, [*PER_BONE[:-1], last], d, seed, rows, "per_bone", b) for b, d in depths.items()
+    }
+    checks = {}
+    for bone in BONES:
+        found[bone], drift_mm = _second_look(found[bone], pyramid, depths, bone, last, seed, rows)
+        checks[bone] = bone_checks(*pyramid[1.0], depths[bone], found[bone]) | {"drift_mm": drift_mm}
     stages = {
         "centre": dict.fromkeys(BONES, starts[0][1]),
         "whole_knee": dict.fromkeys(BONES, whole),
@@ -113,6 +123,63 @@ def register_knee(ct: sitk.Image, mr: sitk.Image, masks: sitk.Image, *, seed: in
     }
     quality, bent_deg = {bone: checks[bone]["peak"] for bone in BONES}, flexion_deg(*found.values())
     return Registration(found, rows, stages, checks, quality, bent_deg, reason_to_flag(checks, bent_deg))
+
+
+def _second_look(found, pyramid, depths_mm, bone, last, seed, rows) -> tuple[sitk.Euler3DTransform, float]:
+    """Transform and drift; where the halves of a bone drift away, the whole bone starts again from where they went."""
+    known = *pyramid[last.spacing_mm], depths_mm, bone
+    drift_mm, ends = half_bones(*known, found, margin_mm=last.margin_mm, seed=seed)
+    if drift_mm <= MAX_DRIFT_MM:
+        return found, drift_mm
+    again = descend([found, *ends], pyramid, [last], depths_mm[bone], seed, rows, "second_look", bone)
+    return again, half_bones(*known, again, margin_mm=last.margin_mm, seed=seed)[0]
+
+
+def half_bones(
+    fixed: sitk.Image,
+    moving: sitk.Image,
+    depths_mm: dict[str, sitk.Image],
+    bone: str,
+    transform: sitk.Euler3DTransform,
+    *,
+    margin_mm: float,
+    seed: int,
+) -> tuple[float, list[sitk.Euler3DTransform]]:
+    """How far subchondral bone moves, in mm, when the bone's left or its right half is aligned alone from `transform`.
+
+    An aligned bone stays within the scatter of half its voxels. One that rests on a false maximum, or that a part of
+    the bone outvotes, moves: the halves disagree. No truth is needed (our idea).
+
+    Parameters
+    ----------
+    fixed, moving : CT and MR, isotropic, about 0.5 mm; depths_mm : {bone: signed distance to its surface, inside
+        positive}; transform : CT points to MR points; margin_mm : of the mask; seed : of the metric's samples.
+
+    Returns
+    -------
+    The larger of the two halves' mean displacements, `LOST_MM` where a half is not in view or not to be aligned; and
+    the halves' own transforms.
+    """
+    depth, other = (sitk.GetArrayFromImage(depths_mm[b]) for b in (bone, *(BONES.keys() - {bone})))
+    grid, axis = depths_mm[bone], int(np.argmax(np.abs(depths_mm[bone].GetDirection()[:3])))  # runs left to right
+    index = np.argwhere(depth > 0)
+    points = np.array(grid.GetOrigin()) + index[:, ::-1] @ axes_of(grid).T
+    seen = np.isfinite(sampled(moving, carried(transform, points)))
+    bearing = points[seen & (other[tuple(index.T)] > -BEARING_MM)]
+    if len(bearing) < MIN_BEARING:
+        return LOST_MM, []
+    across, moves = np.arange(grid.GetSize()[axis]) > np.median(index[seen, 2 - axis]), []
+    ends = []
+    for side in (across, ~across):
+        half = np.where(np.expand_dims(side, [a for a in range(3) if a != 2 - axis]), depth, OUTSIDE)
+        half = sitk.GetImageFromArray(half.astype(np.float32))
+        half.CopyInformation(grid)
+        region, mask = _masked(fixed, half, margin_mm)
+        end, metric, *_ = _optimised(region, moving, mask, transform, HALF, seed)
+        moved = np.linalg.norm(carried(end, bearing) - carried(transform, bearing), axis=1)
+        moves.append(float(moved.mean()) if metric else LOST_MM)
+        ends.append(end)
+    return max(moves), ends
 
 
 def starting_transforms(ct: sitk.Image, mr: sitk.Image) -> list[tuple[float, sitk.Euler3DTransform]]:
@@ -172,8 +239,20 @@ def _likelihood(joint: np.ndarray) -> np.ndarray:
     return plogp(joint) - plogp(joint.sum(1)) - plogp(joint.sum(0)) + plogp(total)
 
 
-def _descend(starts, pyramid, levels, depth_mm, seed, rows, stage, bone="") -> sitk.Euler3DTransform:
-    """Coarse to fine: every start at the first level, the best of them further; one row of the log a level."""
+def descend(
+    starts: list[sitk.Euler3DTransform],
+    pyramid: dict[float, tuple[sitk.Image, sitk.Image]],
+    levels: Sequence[Level],
+    depth_mm: sitk.Image | None,
+    seed: int,
+    rows: list[dict],
+    stage: str,
+    bone: str = "",
+) -> sitk.Euler3DTransform:
+    """Coarse to fine: every start at the first level, the best of them further; `rows` gets one log line a level.
+
+    `pyramid` {spacing in mm: (CT, MR)}; `depth_mm` signed distance to the bone's surface, None for the whole knee.
+    """
     for level in levels:
         fixed, moving = pyramid[level.spacing_mm]
         fixed, mask = (fixed, None) if depth_mm is None else _masked(fixed, depth_mm, level.margin_mm)
@@ -214,9 +293,10 @@ def _row(stage, bone, spacing_mm, metric, iterations, stop, seconds) -> dict:
     return row | {"iterations": iterations, "stop": stop, "seconds": seconds}
 
 
-def _depth_mm(masks: sitk.Image, value: int) -> sitk.Image:
-    coarse = isotropic(sitk.Cast(masks == value, sitk.sitkFloat32), 1.0)
-    return sitk.SignedMaurerDistanceMap(coarse > 0.5, True, False, True)
+def bone_depths_mm(masks: sitk.Image) -> dict[str, sitk.Image]:
+    """{bone: signed distance to its surface in mm, inside positive, on a 1 mm grid} of a label image (`BONES`)."""
+    coarse = {b: isotropic(sitk.Cast(masks == value, sitk.sitkFloat32), 1.0) for b, value in BONES.items()}
+    return {bone: sitk.SignedMaurerDistanceMap(share > 0.5, True, False, True) for bone, share in coarse.items()}
 
 
 def _masked(fixed: sitk.Image, depth_mm: sitk.Image, margin_mm: float) -> tuple[sitk.Image, sitk.Image]:
