@@ -11,6 +11,7 @@ import argparse
 import json
 import tempfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +57,25 @@ def scanned(knee: dict, folder: Path, *, seed: int, per: int, truths: int, resca
     arrays = {name: np.array(stack) for name, stack in arrays.items()}
     for name in names[1:]:
         table = table.assign(**patches.measured(arrays[name], arrays["voi"], "plate", name[3:] and "rescan_"))
-    table = table.assign(**patches.naive(arrays["ct"], arrays["voi"]))
+    ends = shafts(subject, poses["ct"], grids["ct"], drawn["ct"], labels, np.random.default_rng([*streams, 6]))
+    table = table.assign(**patches.naive(arrays["ct"], arrays["voi"]), **ends)
     table.to_csv(folder / f"{knee['knee_id']}_table.csv", index=False)
     np.savez(folder / f"{knee['knee_id']}.npz", **arrays)
     truth = Truth({}, {}, labels, {}, poses["ct"], subject.tile, subject.bones, subject.cysts)
     patches.write_truth(folder, folder, knee, truth, truths, np.random.default_rng([*streams, 9]))
     return {"n_patches": len(table), "n_flagged": int((table["flag"] != "").sum())}
+
+
+def shafts(subject, poses: dict, grid, drawn: dict, labels: sitk.Image, rng: np.random.Generator) -> dict:
+    """What `patches.cortex_hu` reads from a whole CT, from a scan of the far ends of the bones alone."""
+    found, array = {}, sitk.GetArrayViewFromImage(labels)
+    for bone, value in cohort.BONES.items():
+        rows = patches.shaft_slices(labels, bone)
+        origin = grid.origin + grid.direction @ (np.array([0, 0, rows.start]) * grid.spacing)
+        part = replace(grid, size=(*grid.size[:2], rows.stop - rows.start), origin=origin)
+        image, _ = scans.scan(subject, poses, part, "ct", drawn, rng)
+        found[f"cortex_{bone}_hu"] = patches.densest(sitk.GetArrayViewFromImage(image), array[rows] == value)
+    return found
 
 
 def bone_labels(subject, poses: dict, grid) -> sitk.Image:

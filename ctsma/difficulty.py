@@ -71,7 +71,7 @@ def nested(found: pd.DataFrame, group: str) -> dict[str, float]:
 
 def _of_ct(known: Patches, splits, folder, seed, n_jobs, n_resamples) -> dict:
     target = replace(known, table=known.table.assign(**{b: known.table[f"true_{b}"] for b in BIOMARKERS}))
-    fitted = cross_validate(target, splits, ["hu_regression"], {}, seed, folder, n_jobs)
+    fitted = cross_validate(target, splits, ["hu_regression"], {}, [seed], folder, n_jobs)
     pair = fitted.merge(target.table, on=["knee_id", "patch_id"], suffixes=("", "_true"))
     rows = {f"hu_r2.{b}": _interval(pair, (f"true_{b}", b), r2_score, n_resamples) for b in BIOMARKERS}
     ratio = ("threshold_bv_tv", "true_bv_tv")

@@ -13,7 +13,7 @@ from torch.nn import functional
 from ctsma.cohort import BIOMARKERS, InputFault
 
 ROLES = ("teacher", "student")
-WIDTHS = (16, 32, 64)  # channels of the three compact stages; our choice, by time and validation loss
+WIDTHS = (8, 16, 32)  # channels of the three compact stages; twice as many learn no more from 64 knees (our choice)
 IN_PLANE = (1, 3, 3)  # as the early stages of slow_r50: slices 0.75 mm apart share little fine texture
 PAPER_EDGE = {"teacher": 64, "student": 16}  # voxels; published code (BFFE 60 and CT 15-16 resized)
 
@@ -25,26 +25,44 @@ class Estimator(nn.Module):
     ----------
     stem : from the input to the grid on which teacher and student meet.
     stages : shared design of teacher and student; stage i of both give maps of equal shape.
-    head : pooled features (B, C) -> (B, 4) logits.
+    head : features (..., C) -> (..., 4).
     edge : cubic grid in voxels to which the input is resized first; None keeps the patch grid.
-    masked : pool over the bone mask only (ours) or over the whole grid (published).
+    published : mean over the whole grid and a sigmoid at the end; else (ours) mean over the bone mask and none, which
+        makes the head's output at a place that place's share of the prediction.
+    spread : last features (B, C) -> (B, 4) log variances of the predictions; None where they are not learned.
     """
 
-    def __init__(self, stem: nn.Module, stages: list[nn.Module], head: nn.Module, edge: int | None, masked: bool):
+    def __init__(
+        self,
+        stem: nn.Module,
+        stages: list[nn.Module],
+        head: nn.Module,
+        edge: int | None = None,
+        published: bool = False,
+        spread: nn.Module | None = None,
+    ):
         super().__init__()
-        self.stem, self.stages, self.head = stem, nn.ModuleList(stages), head
-        self.edge, self.masked = edge, masked
+        self.stem, self.stages, self.head, self.spread = stem, nn.ModuleList(stages), head, spread
+        self.edge, self.published = edge, published
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, 2, x, z, y) -> prediction (B, 4) in 0..1 on the min-max scale of the targets, [stage maps]."""
+        """(B, channels, x, z, y) -> prediction (B, 4), 0..1 on the min-max scale of the targets, [stage maps]."""
         if self.edge:
             x = functional.interpolate(x, size=(self.edge,) * 3, mode="trilinear")
         features, maps = self.stem(x), []
         for stage in self.stages:
             features = stage(features)
             maps.append(features)
-        pooled = masked_mean(features, x[:, 1:2]) if self.masked else features.mean((2, 3, 4))
-        return torch.sigmoid(self.head(pooled)), maps
+        prediction = self.head(self.pooled(maps[-1], x[:, 1:2])).float()
+        return (torch.sigmoid(prediction) if self.published else prediction), maps
+
+    def pooled(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Last map (B, C, ...) -> (B, C)."""
+        return features.mean((2, 3, 4)) if self.published else masked_mean(features, mask)
+
+    def evidence(self, features: Tensor) -> Tensor:
+        """What the last map (B, C, ...) says of the four biomarkers at every place: (B, 4, ...)."""
+        return self.head(features.movedim(1, -1)).movedim(-1, 1).float()
 
 
 def masked_mean(features: Tensor, mask: Tensor) -> Tensor:
@@ -56,15 +74,18 @@ def masked_mean(features: Tensor, mask: Tensor) -> Tensor:
     return (features * weight).sum((2, 3, 4)) / weight.sum((2, 3, 4))
 
 
-def build(role: str, size: str, generator: torch.Generator, widths: tuple[int, ...] = WIDTHS) -> nn.Module:
+def build(
+    role: str, size: str, generator: torch.Generator, widths: tuple[int, ...] = WIDTHS, ruler: bool = False
+) -> Estimator:
     """Make a network with weights drawn from `generator`: the same generator state gives the same bits.
 
     Parameters
     ----------
     role : "teacher" takes (B, 2, 12, 48, 48) MR, "student" (B, 2, 12, 24, 24) CT.
-    size : "compact" (ours: 3 residual stages, about 0.3 M weights, minutes on a CPU) or "paper" (published: two
+    size : "compact" (ours: 3 residual stages, about 0.07 M weights, minutes on a CPU) or "paper" (published: two
         residual blocks or two transposed convolutions, then a 3D ResNet-50, 61 -> 4 -> sigmoid).
     widths : channels of the compact stages.
+    ruler : the student takes a third channel, HU over that of the knee's own cortex.
 
     Returns
     -------
@@ -72,7 +93,7 @@ def build(role: str, size: str, generator: torch.Generator, widths: tuple[int, .
     """
     if role not in ROLES:
         raise InputFault("role", f"is {role!r}", f"choose one of {', '.join(ROLES)}")
-    makers = {"compact": lambda: _compact(role, widths), "paper": lambda: _paper(role)}
+    makers = {"compact": lambda: _compact(role, widths, 3 if ruler else 2), "paper": lambda: _paper(role)}
     if size not in makers:
         raise InputFault("size", f"is {size!r}", f"choose one of {', '.join(makers)}")
     return _seeded(makers[size], generator)
@@ -105,13 +126,13 @@ def _detail_head(width: int) -> nn.Module:
     return nn.Sequential(nn.Conv3d(width, width, IN_PLANE, padding=(0, 1, 1)), nn.ReLU(), nn.Conv3d(width, 4, 1))
 
 
-def _compact(role: str, widths: tuple[int, ...]) -> Estimator:
+def _compact(role: str, widths: tuple[int, ...], channels: int) -> Estimator:
     first, middle, last = widths
     # Batch normalisation, unlike group or instance normalisation, keeps a patch's absolute level: HU carries BV/TV.
     stem = [
-        nn.Conv3d(2, first, (1, 5, 5), (1, 2, 2), (0, 2, 2), bias=False)
+        nn.Conv3d(channels, first, (1, 5, 5), (1, 2, 2), (0, 2, 2), bias=False)
         if role == "teacher"
-        else nn.Conv3d(2, first, IN_PLANE, padding=(0, 1, 1), bias=False),
+        else nn.Conv3d(channels, first, IN_PLANE, padding=(0, 1, 1), bias=False),
         nn.BatchNorm3d(first),
         nn.ReLU(),
     ]
@@ -120,7 +141,8 @@ def _compact(role: str, widths: tuple[int, ...]) -> Estimator:
         UnetResBlock(3, first, middle, IN_PLANE, (1, 2, 2), "batch"),
         UnetResBlock(3, middle, last, 3, 2, "batch"),
     ]
-    return Estimator(nn.Sequential(*stem), stages, nn.Linear(last, len(BIOMARKERS)), None, masked=True)
+    heads = [nn.Linear(last, len(BIOMARKERS)) for _ in range(2)]
+    return Estimator(nn.Sequential(*stem), stages, heads[0], spread=heads[1])
 
 
 def _paper(role: str) -> Estimator:
@@ -131,5 +153,5 @@ def _paper(role: str) -> Estimator:
     head = nn.Sequential(nn.Linear(2048, 61), nn.Linear(61, len(BIOMARKERS)))
     blocks = [UnetResBlock(3, 2, 64, 3, 1, "batch"), UnetResBlock(3, 64, 64, 3, 1, "batch")]
     rise = [nn.ConvTranspose3d(2, 64, 2, 2), nn.ReLU(), nn.ConvTranspose3d(64, 64, 2, 2), nn.ReLU()]
-    stem = nn.Sequential(*(blocks if role == "teacher" else rise))
-    return Estimator(stem, stages, head, PAPER_EDGE[role], masked=False)
+    stem = blocks if role == "teacher" else rise
+    return Estimator(nn.Sequential(*stem), stages, head, PAPER_EDGE[role], published=True)

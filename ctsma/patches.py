@@ -29,6 +29,7 @@ APART_MM = 4.0  # least distance between patch centres of a compartment (our cho
 PLATE_MM = 1.5  # below the plate: thicker than the subchondral plate in OA, 0.58 to 0.72 mm (Rapagna 2021), plus blur
 MIN_VOI = 0.25  # share of a patch that must be trabecular bone (our choice)
 FINE_MM = 0.125  # voxel on which truth is measured; trabeculae are 0.15 to 0.4 mm (our choice)
+SHAFT_MM, DENSEST = 10.0, 99.5  # cortex: the densest half per cent of the bone farthest from the joint (our choice)
 LACKING = "trabecular bone fills less than a quarter"
 OUTSIDE = "leaves the MR field of view"
 OUTSIDE_CT = "leaves the CT field of view"
@@ -185,6 +186,34 @@ def keep_only(folder: str | Path, knee_ids: Sequence[str]) -> None:
             file.unlink()
 
 
+def cortex_hu(ct: sitk.Image, masks: sitk.Image) -> dict[str, float]:
+    """HU of each bone's dense cortex far from the joint: {"cortex_femur_hu", "cortex_tibia_hu"}.
+
+    The knee's own ruler, for want of a phantom: what HU full bone has differs between people and tube voltages by a
+    factor of two, and cortex that is thicker than the point spread shows it (our choice).
+    """
+    ct, masks = (sitk.DICOMOrient(image, "LPS") for image in (ct, masks))
+    hu, labels, found = sitk.GetArrayViewFromImage(ct), sitk.GetArrayViewFromImage(masks), {}
+    for bone, value in BONES.items():
+        slices = shaft_slices(masks, bone)
+        found[f"cortex_{bone}_hu"] = densest(hu[slices], labels[slices] == value)
+    return found
+
+
+def shaft_slices(masks: sitk.Image, bone: str) -> slice:
+    """Axial slices of the 10 mm of a bone farthest from the joint: femur at the head end, tibia at the foot end."""
+    rows = np.flatnonzero((sitk.GetArrayViewFromImage(masks) == BONES[bone]).any((1, 2)))
+    if not len(rows):
+        raise InputFault("bone masks", f"hold no {bone}", "give labels of both bones")
+    n = max(1, round(SHAFT_MM / masks.GetSpacing()[2]))
+    return slice(max(rows[-1] + 1 - n, rows[0]), rows[-1] + 1) if bone == "femur" else slice(rows[0], rows[0] + n)
+
+
+def densest(hu: np.ndarray, inside: np.ndarray) -> float:
+    """HU above which the densest half per cent of the voxels inside a bone lie; arrays of one shape."""
+    return float(np.percentile(hu[inside], DENSEST))
+
+
 def load_table(folder: str | Path, usable: bool = True) -> pd.DataFrame:
     """The table of all patches below a folder, in the order of knees; `usable` leaves flagged patches out."""
     files = sorted(Path(folder).glob("*_table.csv"))
@@ -277,7 +306,7 @@ def _cut_and_write(
     if not pairs:
         beyond = np.where(np.isnan(arrays["ct"]).any(axis=(1, 2, 3)), OUTSIDE_CT, "")
         table["flag"] = np.where(arrays["voi"].mean(axis=(1, 2, 3)) < MIN_VOI, LACKING, beyond)
-    table = table.assign(**naive(arrays["ct"], arrays["voi"]))
+    table = table.assign(**naive(arrays["ct"], arrays["voi"]), **cortex_hu(ct, masks))
     table.to_csv(Path(folder) / f"{knee['knee_id']}_table.csv", index=False)
     stored = {name: a.astype(bool if name == "voi" else np.float16) for name, a in arrays.items()}
     np.savez(Path(folder) / f"{knee['knee_id']}.npz", **stored)

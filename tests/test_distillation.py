@@ -11,9 +11,12 @@ import torch
 from ctsma import distillation
 from ctsma.cohort import BIOMARKERS, InputFault
 from ctsma.distillation import Lesson, cross_validate, distillation_loss
+from ctsma.distillation.checkpoints import Progress
+from ctsma.distillation.training import _spread_loss, fold_of, train
+from ctsma.networks import build
 from ctsma.patches import Patches
 
-ARMS = ["hu_regression", "mr_teacher", "ct_only", "ct_sma", "ct_sma_plus"]
+ARMS = ["hu_regression", "mr_teacher", "ct_only", "ct_ruler", "ct_sma", "ct_sma_plus"]
 TINY = {"epochs": 1, "widths": (4, 4, 8), "batch_size": 8, "precision": "float32"}
 
 
@@ -32,7 +35,8 @@ def toy(n_subjects=8, each=3, seed=0):
     table = pd.DataFrame({"knee_id": subjects, "subject_id": subjects, "patch_id": np.tile(range(each), n_subjects)})
     voi = np.ones(bone.shape, bool)
     voi[:, :, :6] = False
-    return Patches(table.assign(**targets), mr.astype(np.float16), hu.astype(np.float16), voi)
+    table = table.assign(**targets, cortex_femur_hu=900.0, cortex_tibia_hu=1100.0)
+    return Patches(table, mr.astype(np.float16), hu.astype(np.float16), voi)
 
 
 def splits_of(patches, n_folds=2):
@@ -48,7 +52,7 @@ def patches():
 @pytest.fixture(scope="module")
 def trained(patches, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return folder, cross_validate(patches, splits_of(patches), ARMS, TINY, 3, folder)
+    return folder, cross_validate(patches, splits_of(patches), ARMS, TINY, [3], folder)
 
 
 def lesson(maps, teacher_maps, **further):
@@ -88,13 +92,25 @@ def test_detail_loss_is_the_entropy_where_nothing_is_known():
 
 
 def test_local_evidence_is_zero_for_equal_networks():
-    head, maps = torch.nn.Linear(4, 4), random_maps(0)
-    assert distillation_loss(lesson(maps, maps, heads=(head, head)), {"local_evidence": 1.0}).item() == 0
+    one = torch.rand(2, 4, 6, 6, 6, generator=torch.Generator().manual_seed(0))
+    assert distillation_loss(lesson([], [], evidence=(one, one)), {"local_evidence": 1.0}).item() == 0
+    # an offset of a half everywhere: its square, whatever the number of places
+    apart = distillation_loss(lesson([], [], evidence=(one, one + 0.5)), {"local_evidence": 1.0})
+    assert apart.item() == pytest.approx(0.25, rel=1e-5)
+
+
+def test_attention_asks_where_and_not_how_much():
+    a = random_maps(0)
+    assert distillation_loss(lesson([-2 * m for m in a], a), {"attention": 1.0}).item() == pytest.approx(0, abs=1e-6)
+    # energy in one half against energy in the other: unit vectors at right angles, squared distance 2
+    left, right = torch.zeros(2, 1, 2, 2, 2), torch.zeros(2, 1, 2, 2, 2)
+    left[..., 0], right[..., 1] = 1.0, 1.0
+    assert distillation_loss(lesson([left], [right]), {"attention": 1.0}).item() == pytest.approx(2)
 
 
 def test_gamma_zero_is_ct_only(patches, tmp_path):
     settings = TINY | {"gammas": (0.0,)}
-    found = cross_validate(patches, splits_of(patches), ["ct_only", "ct_sma"], settings, 0, tmp_path)
+    found = cross_validate(patches, splits_of(patches), ["ct_only", "ct_sma"], settings, [0], tmp_path)
     alone, taught = (found.loc[found["arm"] == arm, list(BIOMARKERS)].to_numpy() for arm in ("ct_only", "ct_sma"))
     np.testing.assert_array_equal(alone, taught)
 
@@ -129,18 +145,18 @@ def test_scales_come_from_the_fitting_subjects_alone(trained, patches):
 def test_a_second_run_trains_nothing_and_a_fresh_one_gives_the_same_bits(trained, patches, tmp_path):
     folder, found = trained
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    again = cross_validate(patches, splits_of(patches), ARMS, TINY, 3, folder)
+    again = cross_validate(patches, splits_of(patches), ARMS, TINY, [3], folder)
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     pd.testing.assert_frame_equal(found, again, check_exact=True)
-    fresh = cross_validate(patches, splits_of(patches), ARMS[1:3], TINY, 3, tmp_path)
+    fresh = cross_validate(patches, splits_of(patches), ARMS[1:3], TINY, [3], tmp_path)
     known = found[found["arm"].isin(ARMS[1:3])].reset_index(drop=True)
     pd.testing.assert_frame_equal(known, fresh, check_exact=True)
 
 
 def test_other_settings_train_again(trained, patches, tmp_path):
-    cross_validate(patches, splits_of(patches), ["ct_only"], TINY, 3, tmp_path)
+    cross_validate(patches, splits_of(patches), ["ct_only"], TINY, [3], tmp_path)
     first = json.loads((tmp_path / "ct_only_fold0_seed3.json").read_text())["key"]
-    cross_validate(patches, splits_of(patches), ["ct_only"], TINY | {"weight_decay": 0.5}, 3, tmp_path)
+    cross_validate(patches, splits_of(patches), ["ct_only"], TINY | {"weight_decay": 0.5}, [3], tmp_path)
     assert json.loads((tmp_path / "ct_only_fold0_seed3.json").read_text())["key"] != first
 
 
@@ -157,9 +173,9 @@ def test_a_model_of_another_protocol_is_refused(trained):
 
 def test_networks_and_ridge_learn_what_stripes_show(tmp_path):
     patches = toy(10, 5)
-    settings = TINY | {"epochs": 16, "widths": (4, 8, 8), "learning_rate": 0.01, "batch_size": 4}
+    settings = TINY | {"epochs": 40, "widths": (4, 8, 8), "learning_rate": 0.01, "batch_size": 4}
     found = cross_validate(
-        patches, splits_of(patches), ["hu_regression", "mr_teacher", "ct_only"], settings, 0, tmp_path
+        patches, splits_of(patches), ["hu_regression", "mr_teacher", "ct_only"], settings, [0], tmp_path
     )
     truth = patches.table[["knee_id", "patch_id", "bv_tv"]]
     for arm, rows in found.groupby("arm"):
@@ -192,7 +208,7 @@ def test_bad_input_is_refused_with_a_sentence(patches, tmp_path):
     holed = patches.ct.copy()
     holed[4, 3, 2, 1] = np.nan
     flat = patches.table.assign(bv_tv=0.3)
-    run = lambda p, s, settings=TINY, arms=("ct_only",): cross_validate(p, s, arms, settings, 0, tmp_path)  # noqa: E731
+    run = lambda p, s, settings=TINY, arms=("ct_only",): cross_validate(p, s, arms, settings, [0], tmp_path)  # noqa: E731
     splits = splits_of(patches)
     crowded = pd.concat([splits, splits.assign(subject_id="x", fold=range(8, 16))])
     for fault, call in {
@@ -219,13 +235,13 @@ def test_knees_without_mr_are_read_by_the_networks_of_their_folds(trained, patch
         patches.ct[rows],
         patches.voi[rows],
     )
-    found = distillation.predict_unpaired(bare, splits_of(patches), ["ct_only", "mr_teacher"], 3, folder)
-    assert set(found["arm"]) == {"ct_only"}
+    found = distillation.predict_unpaired(bare, splits_of(patches), ["ct_only", "ct_ruler", "mr_teacher"], [3], folder)
+    assert set(found["arm"]) == {"ct_only", "ct_ruler"}
     both = found.merge(predictions, on=["arm", "fold", "knee_id", "patch_id"], suffixes=("", "_paired"))
-    assert len(both) == len(rows)
+    assert len(both) == 2 * len(rows)
     for name in BIOMARKERS:
         np.testing.assert_allclose(both[name], both[f"{name}_paired"], rtol=1e-5)
-    assert distillation.predict_unpaired(bare, splits_of(patches), ["hu_regression"], 3, folder).empty
+    assert distillation.predict_unpaired(bare, splits_of(patches), ["hu_regression"], [3], folder).empty
 
 
 def test_damaged_weights_are_refused(trained, tmp_path):
@@ -237,3 +253,70 @@ def test_damaged_weights_are_refused(trained, tmp_path):
     (tmp_path / "m.safetensors").write_bytes(bytes(data))
     with pytest.raises(InputFault, match="is missing or damaged; run the stage again"):
         distillation.load_model(tmp_path / "m")
+
+
+def test_seeds_are_averaged_and_their_spread_is_kept(patches, tmp_path):
+    found = cross_validate(patches, splits_of(patches), ["hu_regression", "ct_only"], TINY, [0, 1], tmp_path)
+    assert found.groupby("arm")["seed"].nunique().to_dict() == {"hu_regression": 1, "ct_only": 2}
+    mean = distillation.over_seeds(found).set_index(["arm", "knee_id", "patch_id"]).sort_index()
+    assert len(mean) == 2 * len(patches.table)
+    one = found[(found["arm"] == "ct_only")].groupby(["knee_id", "patch_id"])
+    row = mean.loc[("ct_only", *next(iter(one.groups)))]
+    values = one.get_group(next(iter(one.groups)))
+    assert row["bv_tv"] == pytest.approx(values["bv_tv"].mean())
+    variance = (values["bv_tv_sd"] ** 2).mean() + values["bv_tv"].var(ddof=0)
+    assert row["bv_tv_sd"] == pytest.approx(variance**0.5)
+    assert mean.loc["hu_regression", "bv_tv_sd"].isna().all()
+
+
+def test_an_interrupted_training_goes_on_to_the_same_bits(patches, tmp_path):
+    settings = distillation.Settings(**TINY | {"epochs": 3})
+    examples = distillation.prepare(patches, detail=False)
+    fold = fold_of(examples, splits_of(patches), 0, 0, settings)
+    options = examples, fold, 0, settings, False
+    whole, curves = train("student", {}, None, *options)
+
+    class Cut(Progress):
+        def keep(self, parts, rng, curves):
+            super().keep(parts, rng, curves)
+            if len(curves) == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train("student", {}, None, *options, Cut(tmp_path / "one", "key", 0.0))
+    resumed = Progress(tmp_path / "one", "key", 1e9)
+    again, further = train("student", {}, None, *options, resumed)
+    pd.testing.assert_frame_equal(curves, further, check_exact=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+    other = Progress(tmp_path / "one", "another key", 1e9)
+    assert other.resume({}, np.random.default_rng(0)) == []
+    resumed.path.write_bytes(resumed.path.read_bytes()[:100])
+    assert resumed.resume({}, np.random.default_rng(0)) == []
+    resumed.done()
+    assert not resumed.path.exists()
+
+
+def test_the_ruler_is_seen_by_the_arms_that_have_one_and_by_no_other(patches, tmp_path):
+    longer = patches.table.assign(cortex_femur_hu=2000.0)
+    other = Patches(longer, patches.mr, patches.ct, patches.voi)
+    examples = [distillation.prepare(p, detail=False) for p in (patches, other)]
+    settings = distillation.Settings(**TINY)
+    fold = fold_of(examples[0], splits_of(patches), 0, 0, settings)
+    for ruler in (False, True):
+        model, _ = train("student", {}, None, examples[0], fold, 0, settings, ruler)
+        a, b = (distillation.predict(model, "student", e, fold.test, fold.scale, settings) for e in examples)
+        assert np.array_equal(a, b) != ruler
+
+
+def test_the_predicted_spread_learns_from_errors_and_leaves_predictions_alone():
+    model = build("student", "compact", torch.Generator().manual_seed(0), (4, 4, 8))
+    maps, x, error = model(torch.rand(3, 2, 12, 24, 24))[1], torch.ones(3, 2, 12, 24, 24), torch.full((3, 4), 0.1)
+    torch.nn.init.zeros_(model.spread.weight)
+    # likelihood of an error e under log variance s: (e^2 exp(-s) + s) / 2, least at s = log e^2
+    for s in (0.0, float(np.log(0.01))):
+        torch.nn.init.constant_(model.spread.bias, s)
+        loss = _spread_loss(model, maps, x, error)
+        assert loss.item() == pytest.approx(0.5 * (0.01 * np.exp(-s) + s), rel=1e-4)
+    loss.backward()
+    assert model.spread.bias.grad.abs().max() < 1e-5  # the minimum
+    assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("spread"))

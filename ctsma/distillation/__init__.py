@@ -1,8 +1,8 @@
 """A CT network learns the biomarkers under an MR network; beside it the arms that show what distillation adds."""
 
-from .arms import cross_validate, predict_unpaired, recipes_of
+from .arms import cross_validate, over_seeds, predict_unpaired, prepare, recipes_of
 from .baseline import ct_features, hu_regression
 from .checkpoints import load_model
 from .losses import TERMS, Lesson, distillation_loss
-from .training import Settings, augment_ct, predict
+from .training import Settings, augment_ct, estimate, predict
 from .views import feature_maps, read_curves

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import joblib
@@ -13,13 +14,13 @@ from pydantic import ValidationError
 from torch import nn
 
 from ctsma.biomarkers import bone_volume_fraction
-from ctsma.cohort import BIOMARKERS, InputFault, content_key, source_sha256
+from ctsma.cohort import BIOMARKERS, BONES, InputFault, content_key, source_sha256
 from ctsma.cohort.provenance import versions
 from ctsma.patches import MR_SPACING_MM, Patches
 
 from .baseline import ct_features, hu_regression
-from .checkpoints import load_model, save_model
-from .training import Examples, Fold, Settings, fold_of, predict, relative_mr, train
+from .checkpoints import Progress, load_model, save_model
+from .training import SAVE_SECONDS, Examples, Fold, Settings, estimate, fold_of, relative_mr, train
 
 RIDGE, TEACHER = "hu_regression", "mr_teacher"
 
@@ -27,7 +28,7 @@ RIDGE, TEACHER = "hu_regression", "mr_teacher"
 def recipes_of(arm: str, settings: Settings) -> list[dict[str, float]]:
     """Recipes (term -> weight, see `TERMS`) that an arm tries; the one of least validation error is kept."""
     sma = [{"feature_l1": gamma} for gamma in settings.gammas]
-    known = {RIDGE: [], TEACHER: [{}], "ct_only": [{}], "ct_sma": sma, "ct_sma_plus": [settings.plus]}
+    known = {RIDGE: [], TEACHER: [{}], "ct_only": [{}], "ct_ruler": [{}], "ct_sma": sma, "ct_sma_plus": [settings.plus]}
     known |= {name: [recipe] for name, recipe in settings.ablations.items()}
     if arm not in known:
         raise InputFault("arms", f"hold {arm!r}", f"choose among {', '.join(known)}")
@@ -39,7 +40,7 @@ def cross_validate(
     splits: pd.DataFrame,
     arms: Sequence[str],
     settings: Settings | Mapping,
-    seed: int,
+    seeds: Sequence[int],
     folder: str | Path,
     n_jobs: int = 1,
     report: Callable[[str], None] | None = None,
@@ -50,63 +51,91 @@ def cross_validate(
     ----------
     patches : usable patches with their MR reference biomarkers.
     splits : subject_id, fold.
-    arms : hu_regression, mr_teacher, ct_only, ct_sma, ct_sma_plus, or names of `settings.ablations`.
+    arms : hu_regression, mr_teacher, ct_only, ct_ruler, ct_sma, ct_sma_plus, or names of `settings.ablations`.
     settings : `Settings`, or a mapping of its fields.
-    seed : of initial weights, batches, augmentation and validation subjects.
+    seeds : each trains every network once, with its own initial weights, batches, augmentation, validation subjects
+        and teacher.
     folder : of the models `<arm>_fold<k>_seed<s>`; one made by the same code, data, split and settings is reused.
-    n_jobs : processes of one thread each, over (arm, fold).
-    report : called with one line per finished (arm, fold).
+    n_jobs : processes of one thread each, over (arm, fold, seed).
+    report : called with one line per finished (arm, fold, seed).
 
     Returns
     -------
-    DataFrame: arm, fold, seed, knee_id, subject_id, patch_id and the four biomarkers, predicted.
+    DataFrame: arm, fold, seed, knee_id, subject_id, patch_id, the four biomarkers, predicted, and their predicted
+    <biomarker>_sd (NaN for the ridge).
     Raises InputFault: NaN in patches, subject without fold, fold without variance or with too few subjects.
     """
     settings = _checked(settings, patches, splits)
     recipes = [recipe for arm in arms for recipe in recipes_of(arm, settings)]
     examples = prepare(patches, detail=any("detail" in recipe for recipe in recipes))
-    run = partial(_arm_in_fold, examples, splits, settings, seed, Path(folder), _data_key(examples, splits))
+    run = partial(_arm_in_fold, examples, splits, settings, Path(folder), _data_key(examples, splits))
     students = [arm for arm in arms if _needs_teacher(recipes_of(arm, settings))]
     first = [arm for arm in arms if arm not in students and arm != TEACHER]
     if students or TEACHER in arms:
         first.insert(0, TEACHER)
     found = []
     for wave in (first, students):  # a student waits for its fold's teacher
-        tasks = [joblib.delayed(run)(arm, int(fold)) for arm in wave for fold in sorted(splits["fold"].unique())]
+        jobs = product(wave, sorted(splits["fold"].unique()), seeds)
+        tasks = [joblib.delayed(run)(arm, int(fold), seed) for arm, fold, seed in jobs if _once(arm, seed, seeds)]
         with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
             for predictions in joblib.Parallel(return_as="generator")(tasks):
                 found.append(predictions)
                 if report:
-                    report("{}, fold {}: done".format(*predictions[["arm", "fold"]].iloc[0]))
+                    report("{}, fold {}, seed {}: done".format(*predictions[["arm", "fold", "seed"]].iloc[0]))
     return pd.concat([f for arm in arms for f in found if f["arm"].iloc[0] == arm], ignore_index=True)
 
 
 def predict_unpaired(
-    patches: Patches, splits: pd.DataFrame, arms: Sequence[str], seed: int, folder: str | Path
+    patches: Patches, splits: pd.DataFrame, arms: Sequence[str], seeds: Sequence[int], folder: str | Path
 ) -> pd.DataFrame:
     """Predict patches of knees that have no usable MR, by the trained networks of their subjects' folds.
 
     Parameters
     ----------
     patches : of `load_ct_patches`; arms : networks that read the CT (others are left out).
-    splits, seed, folder : as given to `cross_validate`, which trained them.
+    splits, seeds, folder : as given to `cross_validate`, which trained them.
 
     Returns
     -------
     DataFrame as of `cross_validate`. The network of a subject's fold never saw the subject, nor its other knee.
     """
     unknown = np.full((len(patches.table), len(BIOMARKERS)), np.nan)
-    examples = Examples(patches.table, unknown, patches.ct.astype(np.float32), patches.mr, patches.voi, None)
+    ct, ruler = patches.ct.astype(np.float32), _ruler(patches.table)
+    examples = Examples(patches.table, unknown, ct, patches.mr, patches.voi, ruler, None)
     folds, parts = splits.set_index("subject_id")["fold"].loc[patches.table["subject_id"]].to_numpy(), []
-    for arm in (arm for arm in arms if arm not in (RIDGE, TEACHER)):
-        for fold in np.unique(folds):
-            model, record = load_model(Path(folder) / f"{arm}_fold{fold}_seed{seed}")
-            own, settings = np.flatnonzero(folds == fold), Settings(**record["settings"])
-            rows = patches.table.iloc[own][["knee_id", "subject_id", "patch_id"]].reset_index(drop=True)
-            rows[list(BIOMARKERS)] = predict(model, record["role"], examples, own, record["scale"], settings)
-            parts.append(rows.assign(arm=arm, fold=fold, seed=seed))
-    columns = ["arm", "fold", "seed", "knee_id", "subject_id", "patch_id", *BIOMARKERS]
-    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+    networks = [arm for arm in arms if arm not in (RIDGE, TEACHER)]
+    for arm, fold, seed in product(networks, np.unique(folds), seeds):
+        model, record = load_model(Path(folder) / f"{arm}_fold{fold}_seed{seed}")
+        own, settings = np.flatnonzero(folds == fold), Settings(**record["settings"])
+        found = estimate(model, record["role"], examples, own, record["scale"], settings)
+        parts.append(_predicted(patches.table.iloc[own], arm, fold, seed, *found))
+    return (
+        pd.concat(parts, ignore_index=True) if parts else _predicted(patches.table[:0], "", 0, 0, unknown[:0], np.nan)
+    )
+
+
+def _predicted(rows: pd.DataFrame, arm: str, fold: int, seed: int, values: np.ndarray, spread) -> pd.DataFrame:
+    found = rows[["knee_id", "subject_id", "patch_id"]].reset_index(drop=True)
+    found[list(BIOMARKERS)], found[[f"{b}_sd" for b in BIOMARKERS]] = values, spread
+    return pd.concat([pd.DataFrame({"arm": arm, "fold": fold, "seed": seed}, index=found.index), found], axis=1)
+
+
+def _ruler(table: pd.DataFrame) -> np.ndarray:
+    return table[[f"cortex_{bone}_hu" for bone in BONES]].mean(axis=1).to_numpy(float)
+
+
+def over_seeds(predictions: pd.DataFrame) -> pd.DataFrame:
+    """One row an arm and patch: mean over the seeds; <biomarker>_sd from the predicted variance and the seeds' own."""
+    keys, columns = ["arm", "fold", "knee_id", "subject_id", "patch_id"], list(BIOMARKERS)
+    groups = predictions.groupby(keys, sort=False)
+    mean, between = groups[columns].mean(), groups[columns].var(ddof=0)
+    within = predictions.assign(**{b: predictions[f"{b}_sd"] ** 2 for b in columns}).groupby(keys, sort=False)[columns]
+    spread = np.sqrt(within.mean() + between).add_suffix("_sd")
+    return pd.concat([mean, spread], axis=1).reset_index()
+
+
+def _once(arm: str, seed: int, seeds: Sequence[int]) -> bool:
+    return arm != RIDGE or seed == seeds[0]  # the ridge has nothing to draw
 
 
 def prepare(patches: Patches, detail: bool) -> Examples:
@@ -115,22 +144,20 @@ def prepare(patches: Patches, detail: bool) -> Examples:
     if detail:
         fraction = np.nan_to_num(bone_volume_fraction(mr, region, MR_SPACING_MM)).astype(np.float16)
     targets, ct = patches.table[list(BIOMARKERS)].to_numpy(float), patches.ct.astype(np.float32)
-    return Examples(patches.table, targets, ct, relative_mr(mr, region), region, fraction)
+    return Examples(patches.table, targets, ct, relative_mr(mr, region), region, _ruler(patches.table), fraction)
 
 
 def _arm_in_fold(
-    examples: Examples, splits: pd.DataFrame, settings: Settings, seed: int, folder: Path, key: str, arm: str, fold: int
+    examples: Examples, splits: pd.DataFrame, settings: Settings, folder: Path, key: str, arm: str, fold: int, seed: int
 ) -> pd.DataFrame:
     torch.set_num_threads(1)  # a fold is a process: threads would only contend, and change the last bits
     parts = fold_of(examples, splits, fold, seed, settings)
     if arm == RIDGE:
-        predicted = _ridge(examples, parts)
+        predicted = _ridge(examples, parts), np.nan
     else:
         model, record = _trained(examples, parts, settings, seed, folder, key, arm)
-        predicted = predict(model, record["role"], examples, parts.test, record["scale"], settings)
-    rows = examples.table.iloc[parts.test][["knee_id", "subject_id", "patch_id"]].reset_index(drop=True)
-    rows[list(BIOMARKERS)] = predicted
-    return pd.concat([pd.DataFrame({"arm": arm, "fold": fold, "seed": seed}, index=rows.index), rows], axis=1)
+        predicted = estimate(model, record["role"], examples, parts.test, record["scale"], settings)
+    return _predicted(examples.table.iloc[parts.test], arm, fold, seed, *predicted)
 
 
 def _ridge(examples: Examples, fold: Fold) -> np.ndarray:
@@ -145,24 +172,29 @@ def _trained(
 ) -> tuple[nn.Module, dict]:
     """The arm's model and record: read where the same was trained before, else trained, chosen and written."""
     recipes, stem = recipes_of(arm, settings), folder / f"{arm}_fold{fold.number}_seed{seed}"
-    choices = settings.model_dump(exclude={"gammas", "plus", "ablations"})  # the recipes say what these say
-    key = content_key(key, arm, recipes, fold.number, seed, choices)
+    choices = settings.model_dump(exclude={"gammas", "plus", "ablations", "ruled"})  # the recipes say what these say
+    key = content_key(key, arm, recipes, arm in settings.ruled, fold.number, seed, choices)
     try:
         return load_model(stem, {"key": key})
     except InputFault:  # none there, or another one: train
         pass
-    teacher, role = None, "teacher" if arm == TEACHER else "student"
+    teacher, role, ruler = None, "teacher" if arm == TEACHER else "student", arm in settings.ruled
     if _needs_teacher(recipes):
         teacher = load_model(folder / f"{TEACHER}_fold{fold.number}_seed{seed}")[0].requires_grad_(False)
-    trials = [train(role, recipe, teacher, examples, fold, seed, settings) for recipe in recipes]
-    errors = [curves["validation_mse"].min() for _, curves in trials]
+    trials = []
+    for number, recipe in enumerate(recipes):
+        progress = Progress(stem, f"{key}-{number}", SAVE_SECONDS)
+        trials.append(train(role, recipe, teacher, examples, fold, seed, settings, ruler, progress))
+    errors = [float(curves["validation_mse"].iloc[-1]) for _, curves in trials]
     best = int(np.argmin(errors))
     subjects = examples.table["subject_id"].to_numpy(str)
-    record = {"key": key, "arm": arm, "role": role, "fold": fold.number, "seed": seed, "recipe": recipes[best]}
+    record = {"key": key, "arm": arm, "role": role, "fold": fold.number, "seed": seed}
+    record |= {"recipe": recipes[best], "ruler": ruler}
     record |= {"subjects": {p: np.unique(subjects[getattr(fold, p)]).tolist() for p in ("fit", "validation", "test")}}
     record |= {"scale": fold.scale, "validation_mse": errors, "settings": settings.model_dump()}
     record |= {"protocol_sha256": settings.protocol_sha256, "packages": versions()}
     save_model(stem, *trials[best], record)
+    progress.done()
     return load_model(stem)
 
 
@@ -171,7 +203,7 @@ def _needs_teacher(recipes: list[dict[str, float]]) -> bool:
 
 
 def _data_key(examples: Examples, splits: pd.DataFrame) -> str:
-    arrays = examples.targets, examples.ct, examples.mr, examples.voi
+    arrays = examples.targets, examples.ct, examples.mr, examples.voi, examples.ruler
     digests = [hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for array in arrays]
     folds = splits[["subject_id", "fold"]].sort_values("subject_id").to_numpy().tolist()
     return content_key(digests, folds, source_sha256("ctsma.distillation"))

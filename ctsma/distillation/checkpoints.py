@@ -1,8 +1,11 @@
 """A trained network on disk: weights as safetensors, everything else as JSON beside them, curves as CSV."""
 
 import json
+import pickle
+import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
@@ -37,9 +40,50 @@ def load_model(stem: str | Path, expected: dict | None = None) -> tuple[nn.Modul
         if record.get(name) != value:
             raise InputFault(stem, f"was trained with another {name}", "train again, or use the run it belongs to")
     weights = stem.with_name(stem.name + ".safetensors")
-    if not weights.exists() or sha256_file(weights) != record["weights_sha256"]:
+    if not weights.exists() or sha256_file(weights) != record.get("weights_sha256"):
         raise InputFault(weights, "is missing or damaged", "run the stage again, which trains it anew")
     settings = record["settings"]
-    model = build(record["role"], settings["size"], torch.Generator(), tuple(settings["widths"]))
+    ruler, widths = record.get("ruler", False), tuple(settings["widths"])
+    model = build(record["role"], settings["size"], torch.Generator(), widths, ruler)
     model.load_state_dict(load_file(weights))
     return model.to(settings["device"], memory_format=torch.channels_last_3d).eval(), record
+
+
+class Progress:
+    """An unfinished training on disk, so that one that was stopped goes on where it was, to the same bits.
+
+    `<stem>.unfinished` holds tensors (torch.save, read back with weights_only) and is removed by `done`.
+    """
+
+    def __init__(self, stem: Path, key: str, seconds: float):
+        self.path, self.key, self.seconds = stem.with_name(stem.name + ".unfinished"), key, seconds
+        self.saved = time.monotonic()
+
+    def resume(self, parts: dict, rng: np.random.Generator) -> list:
+        """Put the kept state into `parts` and `rng`; returns the curves so far, [] where nothing fits."""
+        try:
+            kept = torch.load(self.path, weights_only=True)
+        except (FileNotFoundError, EOFError, RuntimeError, pickle.UnpicklingError):
+            return []  # never begun, or cut off while it was written
+        if kept["key"] != self.key:
+            return []
+        for name, part in parts.items():
+            part.load_state_dict(kept[name])
+        rng.bit_generator.state = json.loads(kept["rng"])
+        return kept["curves"]
+
+    def keep(self, parts: dict, rng: np.random.Generator, curves: list) -> None:
+        """Save after an epoch, at most once in `seconds`; whole or not at all."""
+        if time.monotonic() - self.saved < self.seconds:
+            return
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"key": self.key, "rng": json.dumps(rng.bit_generator.state), "curves": curves}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".partial-{self.path.name}")
+        torch.save(state, partial)
+        partial.replace(self.path)
+        self.saved = time.monotonic()
+
+    def done(self) -> None:
+        """Remove what is no longer needed."""
+        self.path.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ Maps are (B, C, slices, rows, columns); predictions (B, 4) lie on the min-max sc
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ctsma.cohort import InputFault
@@ -24,7 +24,7 @@ class Lesson:
     mask: Tensor  # (B, 1, 12, 24, 24) share of trabecular region
     detail_logits: Tensor | None = None  # (B, 4, 12, 24, 24)
     bone_fraction: Tensor | None = None  # (B, 12, 48, 48)
-    heads: tuple[nn.Module, nn.Module] | None = None  # student's and teacher's last layer: (B, C) -> (B, 4)
+    evidence: tuple[Tensor, Tensor] | None = None  # student's and teacher's biomarkers place by place, (B, 4, ...)
 
 
 def feature_l1(lesson: Lesson) -> Tensor:
@@ -46,13 +46,20 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
 def local_evidence(lesson: Lesson) -> Tensor:
     """MSE between what the heads of student and teacher read at every place of their last maps, 4 x 216 values.
 
-    The heads are linear, so this is each place's share of the prediction, before the sigmoid of the mean: a dense
-    target in the task's own four channels (class activation maps, Zhou 2016, arXiv 1512.04150; our use).
+    The heads are linear and their masked mean is the prediction: a dense target in the task's own four channels
+    (class activation maps, Zhou 2016, arXiv 1512.04150; our use).
     """
-    maps = (lesson.maps[-1], lesson.teacher_maps[-1])
-    a, b = (torch.sigmoid(head(m.movedim(1, -1)).float()) for head, m in zip(lesson.heads, maps, strict=True))
-    weight = functional.adaptive_avg_pool3d(lesson.mask, a.shape[1:4])[:, 0]
-    return ((a - b).square().mean(-1) * weight).sum() / (weight.sum() + 1e-6)
+    student, teacher = lesson.evidence
+    weight = functional.adaptive_avg_pool3d(lesson.mask, student.shape[2:])
+    return ((student - teacher).square() * weight).sum() / (student.shape[1] * weight.sum() + 1e-6)
+
+
+def attention(lesson: Lesson) -> Tensor:
+    """Squared distance of unit-length maps of energy, mean over stages (attention transfer, Zagoruyko 2017)."""
+    pairs = zip(lesson.maps, lesson.teacher_maps, strict=True)
+    energies = [[m.float().square().mean(1).flatten(1) for m in pair] for pair in pairs]
+    apart = [functional.normalize(s) - functional.normalize(t) for s, t in energies]
+    return torch.stack([d.square().sum(1).mean() for d in apart]).mean()
 
 
 def relation(lesson: Lesson) -> Tensor:
@@ -74,7 +81,8 @@ def detail(lesson: Lesson) -> Tensor:
     return loss / (weight.sum() + 1e-6)
 
 
-TERMS = {t.__name__: t for t in (feature_l1, feature_correlation, local_evidence, relation, prediction, detail)}
+TERMS = feature_l1, feature_correlation, attention, local_evidence, relation, prediction, detail
+TERMS = {term.__name__: term for term in TERMS}
 
 
 def distillation_loss(lesson: Lesson, recipe: dict[str, float]) -> Tensor:

@@ -14,11 +14,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ctsma.cohort import BIOMARKERS, InputFault
 from ctsma.networks import WIDTHS, build, build_detail_head
 
+from .checkpoints import Progress
 from .losses import Lesson, distillation_loss
 
 HU_RANGE = (-300.0, 1500.0)  # nothing in a patch of bone and joint lies outside (our choice)
 GAIN_SD, SHIFT_HU, NOISE_HU, BLUR = 0.01, 5.0, 10.0, 0.3  # between scanners: calibration, dose, kernel (our choice)
-EMA_EPOCHS = 2.0  # memory of the running average of weights, so that the best epoch is not luck (our choice)
+EMA_EPOCHS = 2.0  # memory of the running average of weights (our choice)
+FULL_SCALE = 0.25  # share of the cortex's HU that trabecular bone has on the average: centres the channel (our choice)
+SAVE_SECONDS = 60.0  # between two savings of an unfinished training (our choice)
 
 
 class Settings(BaseModel):
@@ -28,14 +31,15 @@ class Settings(BaseModel):
 
     size: str = "compact"
     widths: tuple[int, int, int] = WIDTHS
-    epochs: int = Field(16, ge=1)
+    epochs: int = Field(24, ge=1)
     batch_size: int = Field(32, ge=2)
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(6e-3, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
     validation_share: float = Field(0.15, gt=0, lt=0.5)  # of the training fold's subjects
     gammas: tuple[float, ...] = (0.1,)  # of ct_sma; of several the best on validation subjects is kept
-    plus: dict[str, float] = {"local_evidence": 1.0, "detail": 0.1}  # recipe of ct_sma_plus
+    plus: dict[str, float] = {"local_evidence": 0.3}  # recipe of ct_sma_plus
     ablations: dict[str, dict[str, float]] = {}  # further arms: name -> recipe
+    ruled: tuple[str, ...] = ("ct_ruler", "ct_sma_plus", "ct_oracle")  # arms whose CT comes with its ruler
     augment: bool = True  # flips for every network, CT physics for every CT network
     device: str = "cpu"
     precision: str = Field("auto", pattern="^(auto|float32|bfloat16)$")
@@ -51,6 +55,7 @@ class Examples:
     ct: ndarray  # (n, 12, 24, 24) HU
     mr: ndarray  # (n, 12, 48, 48) over its bright marrow
     voi: ndarray  # (n, 12, 48, 48) bool
+    ruler: ndarray  # (n,) HU of the knee's own dense cortex, mean of both bones
     bone_fraction: ndarray | None  # (n, 12, 48, 48), where a recipe asks for detail
 
 
@@ -96,18 +101,20 @@ def _scale(examples: Examples, fit: ndarray, number: int) -> dict[str, list[floa
 def batch_of(
     examples: Examples, rows: ndarray, scale: dict, device: str, rng: np.random.Generator | None = None
 ) -> dict[str, Tensor]:
-    """`student` and `teacher` inputs (B, 2, ...), `target` (B, 4) in 0..1, `bone_fraction`; with rng augmented.
+    """`student` (B, 3, ...), `teacher` (B, 2, ...), `target` (B, 4) in 0..1, `bone_fraction`; with rng augmented.
 
-    CT and MR are flipped alike, along slices and columns, never rows: depth below the joint has a direction.
+    The student's channels: HU, bone mask, HU over the ruler. CT and MR are flipped alike, along slices and columns,
+    never rows: depth below the joint has a direction.
     """
     flips = [] if rng is None else [axis for axis in (1, 3) if rng.random() < 0.5]
     names = [name for name in ("ct", "mr", "voi", "bone_fraction") if getattr(examples, name) is not None]
     read = {n: torch.from_numpy(getattr(examples, n)[rows].astype(np.float32)).flip(flips) for n in names}
     hu = (read["ct"] if rng is None else augment_ct(read["ct"], rng)).clamp(*HU_RANGE)
     ct, mr = ((image - scale[n][0]) / scale[n][1] for n, image in (("ct", hu), ("mr", read["mr"])))
+    share = hu / torch.from_numpy(examples.ruler[rows].astype(np.float32)).view(-1, 1, 1, 1) / FULL_SCALE - 1
     low, high = np.array(scale["low"]), np.array(scale["high"])
     target = torch.from_numpy(((examples.targets[rows] - low) / (high - low)).astype(np.float32))
-    batch = {"student": torch.stack([ct, functional.avg_pool2d(read["voi"], 2)], 1), "target": target}
+    batch = {"student": torch.stack([ct, functional.avg_pool2d(read["voi"], 2), share], 1), "target": target}
     batch |= {"teacher": torch.stack([mr, read["voi"]], 1)} | {n: read[n] for n in names if n == "bone_fraction"}
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
@@ -123,64 +130,110 @@ def augment_ct(hu: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def train(
-    role: str, recipe: dict, teacher: nn.Module | None, examples: Examples, fold: Fold, seed: int, settings: Settings
+    role: str,
+    recipe: dict,
+    teacher: nn.Module | None,
+    examples: Examples,
+    fold: Fold,
+    seed: int,
+    settings: Settings,
+    ruler: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[nn.Module, pd.DataFrame]:
     """Train one network: MSE of the scaled biomarkers + the recipe's terms; AdamW, one cycle of the learning rate.
 
-    Returns the network with the averaged weights of the epoch of least validation MSE, and its curves: epoch,
-    fit_mse, fit_distillation, validation_mse. Arms of a fold and seed share initial weights, batches, augmentation.
+    Returns the network with the running average of its weights at the end, and its curves: epoch, fit_mse,
+    fit_distillation, validation_mse. The epoch is not chosen: a dozen validation subjects choose by luck, and the
+    learning rate ends at zero. Arms of a fold and seed share initial weights, batches and augmentation. `progress`
+    keeps an unfinished training, which then goes on to the same bits.
     """
-    generator = torch.Generator().manual_seed(seed * 1000 + fold.number)
-    rng = np.random.default_rng([seed, fold.number])
-    layout = {"device": settings.device, "memory_format": torch.channels_last_3d}
-    modules = nn.ModuleList([build(role, settings.size, generator, settings.widths).to(**layout)])
-    if recipe.get("detail"):
-        modules.append(build_detail_head(settings.size, generator, settings.widths).to(**layout))
+    generator, rng = (
+        torch.Generator().manual_seed(seed * 1000 + fold.number),
+        np.random.default_rng([seed, fold.number]),
+    )
+    modules = _networks(role, recipe, settings, ruler, generator)
     optimizer = torch.optim.AdamW(modules.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
     n_batches = max(1, round(len(fold.fit) / settings.batch_size))
     decay = 1 - 1 / (1 + EMA_EPOCHS * n_batches)
     average = AveragedModel(modules[0], multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    steps = settings.epochs * n_batches
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=steps)
-    curves, least, weights = [], np.inf, None
-    for epoch in range(settings.epochs):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.epochs * n_batches
+    )
+    parts = {"modules": modules, "average": average, "optimizer": optimizer, "schedule": schedule}
+    curves = progress.resume(parts, rng) if progress else []
+    for epoch in range(len(curves), settings.epochs):
         modules.train()
         losses = np.zeros(2)
         for rows in np.array_split(rng.permutation(fold.fit), n_batches):
             batch = batch_of(examples, rows, fold.scale, settings.device, rng if settings.augment else None)
             with autocast(settings):
-                error, taught = _losses(modules, role, teacher, batch, recipe)
+                error, taught, spread = _losses(modules, role, teacher, batch, recipe)
             optimizer.zero_grad()
-            (error + taught).backward()
+            (error + taught + spread).backward()
             optimizer.step()
             schedule.step()
             average.update_parameters(modules[0])
             losses += np.array([error.item(), taught.item()]) / n_batches
-        validation = _validation_mse(average.module, role, examples, fold, settings)
-        curves.append([epoch, *losses, validation])
-        if weights is None or validation < least:
-            least, weights = validation, {k: v.clone() for k, v in average.module.state_dict().items()}
-    modules[0].load_state_dict(weights)
+        curves.append([epoch, *losses.tolist(), _validation_mse(average.module, role, examples, fold, settings)])
+        if progress:
+            progress.keep(parts, rng, curves)
+    modules[0].load_state_dict(average.module.state_dict())
     return modules[0].eval(), pd.DataFrame(curves, columns=["epoch", "fit_mse", "fit_distillation", "validation_mse"])
 
 
-def _losses(modules: nn.ModuleList, role: str, teacher, batch: dict, recipe: dict) -> tuple[Tensor, Tensor]:
-    prediction, maps = modules[0](batch[role])
+def _networks(role: str, recipe: dict, settings: Settings, ruler: bool, generator: torch.Generator) -> nn.ModuleList:
+    layout = {"device": settings.device, "memory_format": torch.channels_last_3d}
+    modules = nn.ModuleList([build(role, settings.size, generator, settings.widths, ruler).to(**layout)])
+    if recipe.get("detail"):
+        modules.append(build_detail_head(settings.size, generator, settings.widths).to(**layout))
+    return modules
+
+
+def _losses(modules: nn.ModuleList, role: str, teacher, batch: dict, recipe: dict) -> tuple[Tensor, Tensor, Tensor]:
+    model, x = modules[0], batch[role]
+    prediction, maps = model(x[:, : channels_of(model)])
     with torch.no_grad():
         taught = teacher(batch["teacher"]) if teacher is not None else (None, None)
     logits = modules[1](maps[0]) if len(modules) > 1 else None
-    extra = logits, batch.get("bone_fraction"), (modules[0].head, getattr(teacher, "head", None))
-    lesson = Lesson(prediction.float(), maps, *taught, batch["student"][:, 1:], *extra)
-    return functional.mse_loss(lesson.prediction, batch["target"]), distillation_loss(lesson, recipe)
+    local = (model.evidence(maps[-1]), teacher.evidence(taught[1][-1])) if recipe.get("local_evidence") else None
+    lesson = Lesson(prediction, maps, *taught, batch["student"][:, 1:2], logits, batch.get("bone_fraction"), local)
+    error = prediction - batch["target"]
+    return error.square().mean(), distillation_loss(lesson, recipe), _spread_loss(model, maps, x, error.detach())
+
+
+def _spread_loss(model: nn.Module, maps: list[Tensor], x: Tensor, error: Tensor) -> Tensor:
+    """Gaussian likelihood of the errors; nothing flows back, so that the predictions are those without it."""
+    if model.spread is None:
+        return error.new_zeros(())
+    log_variance = model.spread(model.pooled(maps[-1].detach(), x[:, 1:2])).float().clamp(-12, 2)
+    return (0.5 * (error.square() * torch.exp(-log_variance) + log_variance)).mean()
+
+
+def channels_of(model: nn.Module) -> int:
+    """Channels that a network's first layer takes: 2, or 3 with the ruler."""
+    return next(module.in_channels for module in model.stem.modules() if hasattr(module, "in_channels"))
 
 
 def predict(model: nn.Module, role: str, examples: Examples, rows: ndarray, scale: dict, settings: Settings) -> ndarray:
-    """Biomarkers (n, 4) in their own units for rows of `examples`."""
-    scaled = []
+    """Biomarkers (n, 4) in their own units for rows of `examples`, kept within the range of the fitting subjects."""
+    return estimate(model, role, examples, rows, scale, settings)[0]
+
+
+def estimate(
+    model: nn.Module, role: str, examples: Examples, rows: ndarray, scale: dict, settings: Settings
+) -> tuple[ndarray, ndarray]:
+    """`predict` and the predicted SD (n, 4) in the same units; NaN where the network has learned none."""
+    values, spreads, low, width = [], [], np.array(scale["low"]), np.subtract(scale["high"], scale["low"])
     for part in np.array_split(rows, max(1, round(len(rows) / 64))):
         with torch.no_grad(), autocast(settings):
-            scaled.append(model(batch_of(examples, part, scale, settings.device)[role])[0].double().cpu().numpy())
-    return np.array(scale["low"]) + np.concatenate(scaled) * np.subtract(scale["high"], scale["low"])
+            x = batch_of(examples, part, scale, settings.device)[role][:, : channels_of(model)]
+            prediction, maps = model(x)
+            values.append(prediction.double().cpu().numpy())
+            if model.spread is not None:
+                log_variance = model.spread(model.pooled(maps[-1], x[:, 1:2])).float().clamp(-12, 2)
+                spreads.append(torch.exp(0.5 * log_variance).double().cpu().numpy())
+    values = np.concatenate(values).clip(0, 1)
+    return low + values * width, (np.concatenate(spreads) if spreads else np.full_like(values, np.nan)) * width
 
 
 def _validation_mse(model: nn.Module, role: str, examples: Examples, fold: Fold, settings: Settings) -> float:

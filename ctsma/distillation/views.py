@@ -11,7 +11,7 @@ from ctsma.patches import Patches
 
 from .arms import prepare
 from .checkpoints import load_model
-from .training import batch_of
+from .training import batch_of, channels_of
 
 
 def read_curves(folder: str | Path, arms: Sequence[str], seed: int) -> pd.DataFrame:
@@ -37,7 +37,8 @@ def feature_maps(
         model, record = load_model(Path(folder) / f"{arm}_fold{fold}_seed{seed}")
         batch = batch_of(examples, np.array([0]), record["scale"], record["settings"]["device"])
         with torch.no_grad():
-            maps[arm] = model(batch[record["role"]])[1][0][0].float().cpu().numpy()
+            x = batch[record["role"]][:, : channels_of(model)]
+            maps[arm] = model(x)[1][0][0].float().cpu().numpy()
     channel = int(np.argmax(maps[arms[0]].std(axis=(1, 2, 3))))
     slices = {arm: values[channel, values.shape[1] // 2] for arm, values in maps.items()}
     return {arm: (values - values.mean()) / (values.std() + 1e-9) for arm, values in slices.items()}
