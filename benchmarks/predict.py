@@ -87,7 +87,7 @@ def slide(path: str, model: str) -> None:
 
     def networks(batch):
         voi = np.ones((len(batch), 12, 48, 48), bool)
-        found = prediction.estimate(ensemble.members, batch[:, 0].numpy(), voi)
+        found = prediction.estimate(ensemble.members, batch[:, 0].numpy(), voi, np.full(len(batch), 1200.0))
         return torch.from_numpy(found).float()[:, :, None, None, None].repeat(1, 1, *CT_SHAPE)
 
     started = time.perf_counter()

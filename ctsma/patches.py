@@ -200,6 +200,11 @@ def cortex_hu(ct: sitk.Image, masks: sitk.Image) -> dict[str, float]:
     return found
 
 
+def ruler_hu(table: pd.DataFrame) -> np.ndarray:
+    """The ruler (n,) of a table's patches: mean of both bones' cortex, HU."""
+    return table[[f"cortex_{bone}_hu" for bone in BONES]].mean(axis=1).to_numpy(float)
+
+
 def shaft_slices(masks: sitk.Image, bone: str) -> slice:
     """Axial slices of the 10 mm of a bone farthest from the joint: femur at the head end, tibia at the foot end."""
     rows = np.flatnonzero((sitk.GetArrayViewFromImage(masks) == BONES[bone]).any((1, 2)))

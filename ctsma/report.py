@@ -15,13 +15,15 @@ PAPER = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text())
 ARMS = {
     "hu_regression": "HU ridge regression",
     "ct_only": "CT network alone",
+    "ct_ruler": "CT network with its ruler",
     "ct_sma": "CT network, distilled (CT-SMA)",
     "ct_sma_plus": "CT network, distilled (ours)",
     "ct_oracle": "CT network, ten times the knees",
     "mr_teacher": "MR network (upper bound)",
     "mr_reference": "MR reference itself",
 }
-GAINS = ("ct_sma", "ct_only"), ("ct_sma_plus", "ct_only"), ("ct_sma_plus", "hu_regression")
+GAINS = ("ct_sma", "ct_only"), ("ct_ruler", "ct_only"), ("ct_sma_plus", "ct_ruler")
+GAINS += ("ct_sma_plus", "ct_only"), ("ct_sma_plus", "hu_regression")
 LABELS = {"bv_tv": "BV/TV", "tb_th_mm": "Tb.Th", "tb_sp_mm": "Tb.Sp", "tb_n_per_mm": "Tb.N"}
 STYLE = """
 body{max-width:62rem;margin:2rem auto;padding:0 1rem;font:16px/1.55 system-ui,sans-serif;color:#222}

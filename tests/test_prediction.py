@@ -255,15 +255,17 @@ def test_a_model_that_is_not_whole_is_refused(model, tmp_path, spoil, said):
 def test_the_estimate_is_the_mean_of_the_members_in_their_units(ensemble, run):
     data = patches.load_patches(run / "patches")
     ct, voi = data.ct[:5].astype(np.float32), data.voi[:5]
-    alone = [prediction.estimate([member], ct, voi) for member in ensemble.members]
-    np.testing.assert_allclose(prediction.estimate(ensemble.members, ct, voi), np.mean(alone, axis=0), rtol=1e-12)
+    ruler = patches.ruler_hu(data.table)
+    alone = [prediction.estimate([member], ct, voi, ruler[:5]) for member in ensemble.members]
+    np.testing.assert_allclose(
+        prediction.estimate(ensemble.members, ct, voi, ruler[:5]), np.mean(alone, axis=0), rtol=1e-12
+    )
     assert not np.allclose(*alone)
     # a member's own fold is predicted as it was in the study, where precision is float32 too
     record, rows = ensemble.members[0][1], pd.read_csv(run / "models" / "predictions.csv")
     known = rows[rows["fold"] == record["fold"]].head(3)
-    found = prediction.estimate(
-        ensemble.members[:1], data.ct[known["patch_id"]].astype(np.float32), data.voi[known["patch_id"]]
-    )
+    own = known["patch_id"].to_numpy()
+    found = prediction.estimate(ensemble.members[:1], data.ct[own].astype(np.float32), data.voi[own], ruler[own])
     np.testing.assert_allclose(found, known[list(BIOMARKERS)], rtol=1e-5)
 
 
@@ -686,7 +688,7 @@ def test_the_shipped_model_is_the_one_reported(shipped):
 
 def test_the_shipped_model_reproduces_what_is_stored_with_it(shipped):
     ensemble, check = prediction.load_ensemble(shipped), load_file(shipped / "check.safetensors")
-    found = prediction.estimate(ensemble.members, check["ct"].astype(np.float32), check["voi"])
+    found = prediction.estimate(ensemble.members, check["ct"].astype(np.float32), check["voi"], check["ruler_hu"])
     np.testing.assert_allclose(found, check["estimate"], rtol=1e-4)
 
 

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from ctsma.biomarkers import bone_volume_fraction
-from ctsma.cohort import BIOMARKERS, BONES, InputFault, content_key, source_sha256
+from ctsma.cohort import BIOMARKERS, InputFault, content_key, source_sha256
 from ctsma.cohort.provenance import versions
-from ctsma.patches import MR_SPACING_MM, Patches
+from ctsma.patches import MR_SPACING_MM, Patches, ruler_hu
 
 from .baseline import ct_features, hu_regression
 from .checkpoints import Progress, load_model, save_model
@@ -100,7 +100,7 @@ def predict_unpaired(
     DataFrame as of `cross_validate`. The network of a subject's fold never saw the subject, nor its other knee.
     """
     unknown = np.full((len(patches.table), len(BIOMARKERS)), np.nan)
-    ct, ruler = patches.ct.astype(np.float32), _ruler(patches.table)
+    ct, ruler = patches.ct.astype(np.float32), ruler_hu(patches.table)
     examples = Examples(patches.table, unknown, ct, patches.mr, patches.voi, ruler, None)
     folds, parts = splits.set_index("subject_id")["fold"].loc[patches.table["subject_id"]].to_numpy(), []
     networks = [arm for arm in arms if arm not in (RIDGE, TEACHER)]
@@ -118,10 +118,6 @@ def _predicted(rows: pd.DataFrame, arm: str, fold: int, seed: int, values: np.nd
     found = rows[["knee_id", "subject_id", "patch_id"]].reset_index(drop=True)
     found[list(BIOMARKERS)], found[[f"{b}_sd" for b in BIOMARKERS]] = values, spread
     return pd.concat([pd.DataFrame({"arm": arm, "fold": fold, "seed": seed}, index=found.index), found], axis=1)
-
-
-def _ruler(table: pd.DataFrame) -> np.ndarray:
-    return table[[f"cortex_{bone}_hu" for bone in BONES]].mean(axis=1).to_numpy(float)
 
 
 def over_seeds(predictions: pd.DataFrame) -> pd.DataFrame:
@@ -144,7 +140,7 @@ def prepare(patches: Patches, detail: bool) -> Examples:
     if detail:
         fraction = np.nan_to_num(bone_volume_fraction(mr, region, MR_SPACING_MM)).astype(np.float16)
     targets, ct = patches.table[list(BIOMARKERS)].to_numpy(float), patches.ct.astype(np.float32)
-    return Examples(patches.table, targets, ct, relative_mr(mr, region), region, _ruler(patches.table), fraction)
+    return Examples(patches.table, targets, ct, relative_mr(mr, region), region, ruler_hu(patches.table), fraction)
 
 
 def _arm_in_fold(

@@ -12,8 +12,7 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from ctsma import distillation
-from ctsma.cohort import BIOMARKERS, InputFault, content_key, sha256_file
-from ctsma.distillation.arms import prepare
+from ctsma.cohort import BIOMARKERS, BONES, InputFault, content_key, sha256_file
 from ctsma.patches import Patches
 
 from .limits import Familiar
@@ -33,19 +32,21 @@ class Ensemble:
     familiar: Familiar
 
 
-def estimate(members: Sequence[tuple[nn.Module, dict]], ct: ndarray, voi: ndarray) -> ndarray:
+def estimate(members: Sequence[tuple[nn.Module, dict]], ct: ndarray, voi: ndarray, ruler_hu: ndarray) -> ndarray:
     """Biomarkers (n, 4) in their own units from CT patches and their trabecular region: the mean over the members.
 
     Parameters
     ----------
     members : networks with their records, as of `distillation.load_model`.
     ct : (n, 12, 24, 24) HU. voi : (n, 12, 48, 48) bool.
+    ruler_hu : (n,) HU of the knee's own dense cortex, the mean of `patches.cortex_hu`.
 
     This is the one place where a network meets a patch outside training.
     """
-    no_reference = pd.DataFrame(np.zeros((len(ct), len(BIOMARKERS))), columns=list(BIOMARKERS))
+    table = pd.DataFrame(np.zeros((len(ct), len(BIOMARKERS))), columns=list(BIOMARKERS))
+    table = table.assign(**{f"cortex_{bone}_hu": ruler_hu for bone in BONES})
     no_mr = np.zeros(voi.shape, np.float16)
-    examples = prepare(Patches(no_reference, no_mr, ct, voi), detail=False)
+    examples = distillation.prepare(Patches(table, no_mr, ct, voi), detail=False)
     rows, found = np.arange(len(ct)), []
     for model, record in members:
         settings = distillation.Settings(**record["settings"])
@@ -89,7 +90,7 @@ def load_ensemble(folder: str | Path) -> Ensemble:
         mend = f"use the version of ctsma that exported it (commit {about['git_commit'][:12]}), or export it again"
         raise InputFault(folder, "holds networks of another architecture than this version's", mend) from error
     check = load_file(folder / CHECK)
-    found = estimate(members, check["ct"].astype(np.float32), check["voi"])
+    found = estimate(members, check["ct"].astype(np.float32), check["voi"], check["ruler_hu"])
     if not np.allclose(found, check["estimate"], rtol=TOLERANCE, atol=0):
         worst = float(np.abs(found / check["estimate"] - 1).max())
         fault = f"gives estimates {100 * worst:.2g} % away from those stored with it"

@@ -21,7 +21,7 @@ from ctsma.agreement import conformal_radius, cross_conformal
 from ctsma.cohort import BIOMARKERS, COMPARTMENTS, InputFault, Run, sha256_file, write_json
 from ctsma.diagnosis import compartment_means
 from ctsma.distillation import load_model
-from ctsma.patches import Patches, load_patches
+from ctsma.patches import Patches, load_patches, ruler_hu
 
 from .card import model_card
 from .ensemble import ABOUT, CARD, CHECK, FAMILIAR, SCHEMA_VERSION, estimate
@@ -30,7 +30,20 @@ from .limits import Familiar, familiar_of, limits_of, patch_measures, scan_measu
 LEVEL = 0.90  # of the intervals; the study's own
 PERCENTILES = np.arange(0, 101, 5)
 N_CHECKED = 4  # patches stored with their estimates, so that a copy can be tried out (our choice)
-KEPT = ("key", "arm", "role", "fold", "seed", "recipe", "scale", "validation_mse", "protocol_sha256", "packages")
+KEPT = (
+    "key",
+    "arm",
+    "role",
+    "fold",
+    "seed",
+    "recipe",
+    "ruler",
+    "scale",
+    "validation_mse",
+    "protocol_sha256",
+    "packages",
+)
+KEPT += ("weights_sha256",)
 KEY = ["knee_id", "patch_id"]
 
 
@@ -159,8 +172,9 @@ def _copy_members(run: Run, folder: Path, arm: str, seed: int) -> tuple[list[Pat
 def _write_check(folder: Path, members: list[Path], data: Patches) -> None:
     rows = data.table.groupby("compartment", sort=False).head(1).index[:N_CHECKED]
     ct, voi = data.ct[rows].astype(np.float16), data.voi[rows].astype(bool)
-    found = estimate([load_model(stem) for stem in members], ct.astype(np.float32), voi)
-    save_file({"ct": ct, "voi": voi, "estimate": found.astype(np.float64)}, folder / CHECK)
+    ruler = ruler_hu(data.table.loc[rows])
+    found = estimate([load_model(stem) for stem in members], ct.astype(np.float32), voi, ruler)
+    save_file({"ct": ct, "voi": voi, "ruler_hu": ruler, "estimate": found.astype(np.float64)}, folder / CHECK)
 
 
 def _training(run: Run, found: pd.DataFrame, agreement: dict) -> dict:

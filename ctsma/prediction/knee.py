@@ -12,7 +12,7 @@ from scipy.special import expit
 
 from ctsma import patches
 from ctsma.cohort import BIOMARKERS, BONES, COMPARTMENTS, InputFault
-from ctsma.patches import centres, cut, grid_points, trabecular_region
+from ctsma.patches import centres, cortex_hu, cut, grid_points, trabecular_region
 from ctsma.registration import bone_masks, isotropic
 
 from .ensemble import Ensemble, estimate
@@ -75,7 +75,8 @@ def predict_knee(ct: sitk.Image, side: str, ensemble: Ensemble, stated_slice_mm:
         raise InputFault("CT", "shows no trabecular bone below the joint", "give a CT that holds both bones' ends")
     found = patch_measures(hu[usable], voi[usable], ensemble.familiar)
     warnings += check_limits(found, limits)
-    table.loc[usable, list(BIOMARKERS)] = estimate(ensemble.members, hu[usable], voi[usable])
+    ruler_hu = np.full(usable.sum(), np.mean(list(cortex_hu(view, masks).values())))
+    table.loc[usable, list(BIOMARKERS)] = estimate(ensemble.members, hu[usable], voi[usable], ruler_hu)
     compartments, about = _compartments(table[usable], ensemble.about), ensemble.about
     if absent := [place for place in COMPARTMENTS if not compartments.loc[place, "n_patches"]]:
         warnings.append(f"no patch in {', '.join(absent)}: the field of view may be too small")
