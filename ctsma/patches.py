@@ -259,6 +259,7 @@ def load_ct_patches(folder: str | Path, knee_ids: Sequence[str]) -> Patches:
             voi.append(stored["voi"][rows["patch_id"].to_numpy()])
         table.append(rows)
     columns = ["knee_id", "subject_id", "patch_id", "compartment", "u", "v", "w"]
+    columns += [f"cortex_{bone}_hu" for bone in BONES]
     table = pd.concat(table, ignore_index=True) if table else pd.DataFrame(columns=columns)
     return Patches(table, np.zeros((len(table), *MR_SHAPE), np.float16), np.concatenate(ct), np.concatenate(voi))
 
