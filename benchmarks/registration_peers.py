@@ -70,8 +70,9 @@ def elastix(fixed, moving, start, mask, folder) -> sitk.Transform:
 
     parameters = itk.ParameterObject.New()
     rigid_map = parameters.GetDefaultParameterMap("rigid", 4)
-    rigid_map |= {"MaximumNumberOfIterations": ["1000"], "AutomaticTransformInitialization": ["false"]}
-    rigid_map |= {"ErodeMask": ["false"], "RandomSeed": ["1"], "WriteResultImage": ["false"]}
+    rigid_map["MaximumNumberOfIterations"], rigid_map["RandomSeed"] = ["1000"], ["1"]
+    for name in ("AutomaticTransformInitialization", "ErodeMask", "WriteResultImage"):
+        rigid_map[name] = ["false"]
     parameters.AddParameterMap(rigid_map)
     carried = sitk.Resample(moving, _wide(fixed), start, sitk.sitkBSpline, 0.0)
     paths = _written(folder, {"fixed": fixed, "moving": carried} | ({"mask": mask} if mask is not None else {}))
