@@ -1,0 +1,204 @@
+"""When does distillation help, and what can a CT know at all? On simulated knees of another seed than the study's.
+
+    python benchmarks/distillation.py runs/quick --folder /tmp/knees
+
+Knees are scanned at their patches alone (see calibration.py), with true alignment. Knees 0 to 136 of the seed were
+used to choose settings and are left out. Writes docs/results/distillation_evidence.json:
+
+- `oracle`: the CT network trained on ten times the knees, on the patches of a run: the limit of this CT;
+- `learning_curve`: gain of the teacher over the student alone by number of paired knees, on other knees;
+- `controls`: the same with a teacher that sees another patch, was never trained, or sees MR shifted by 2 mm;
+- `by_kernel`, `by_noise`: the gain in thirds of the test knees;
+- `knowledge`: ridge on HU statistics that is also told what no CT shows: where the error comes from.
+"""
+
+import argparse
+import json
+import zlib
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pandas as pd
+import torch
+from calibration import scanned
+
+from ctsma import agreement, cohort, distillation, networks, patches, simulation
+from ctsma.cohort import BIOMARKERS
+from ctsma.distillation.training import Examples, Fold, _scale, train
+from ctsma.simulation import knees as scans
+from ctsma.simulation.subject import make_subject
+
+SEED, FIRST, LAST = 2000, 137, 880  # of the knees; the first 137 chose settings
+SIZES, N_TEST, N_TOLD = (10, 20, 40, 80), 200, 240
+ORACLE_EPOCHS = 8  # 4.6 times the steps of the study's arms
+SHIFT_VOXELS = (3, 9, 9)  # slices, rows, columns of the MR: 2.25, 2 and 2 mm
+LOSSES = {"feature_l1": {"feature_l1": 0.1}, "local_evidence": {"local_evidence": 0.3}}
+OUT = Path(__file__).parents[1] / "docs" / "results" / "distillation_evidence.json"
+
+
+def fold_over(examples: Examples, fit: np.ndarray, test: np.ndarray) -> Fold:
+    """Rows to fit and to predict; a few test rows watch the fit and choose nothing."""
+    return Fold(0, fit, test[:32], test, _scale(examples, fit, 0))
+
+
+def students(examples: Examples, fold: Fold, recipes: dict, teachers: dict, ruled: dict, seeds, epochs: int) -> dict:
+    """Mean prediction over seeds (n_test, 4) by name of recipe; `teachers[name]` is (examples, teacher by seed)."""
+    settings, found = distillation.Settings(epochs=epochs), {}
+    for name, recipe in recipes.items():
+        seen, taught = teachers.get(name, (examples, {}))
+        options = seen, fold
+        models = [train("student", recipe, taught.get(s), *options, s, settings, ruled.get(name, False)) for s in seeds]
+        read = [distillation.predict(m, "student", examples, fold.test, fold.scale, settings) for m, _ in models]
+        found[name] = np.mean(read, axis=0)
+    return found
+
+
+def at_size(examples: Examples, knees: np.ndarray, test: np.ndarray, size: int, seeds: list[int]) -> dict:
+    """Predictions on the test rows of every arm trained on `size` knees; at the largest size the controls too."""
+    torch.set_num_threads(1)
+    own = examples.table["knee_id"].to_numpy(str)
+    fold = fold_over(examples, np.flatnonzero(np.isin(own, knees[:size])), test)
+    settings = distillation.Settings()
+    teacher = {s: train("teacher", {}, None, examples, fold, s, settings)[0].requires_grad_(False) for s in seeds}
+    recipes = {"alone": {}} | LOSSES
+    teachers = dict.fromkeys(LOSSES, (examples, teacher))
+    if size == SIZES[-1]:
+        untrained = {s: networks.build("teacher", "compact", torch.Generator().manual_seed(s)).eval() for s in seeds}
+        order = np.arange(len(own))
+        order[fold.fit] = np.random.default_rng(SEED).permutation(fold.fit)
+        rolled = np.roll(examples.mr, SHIFT_VOXELS, axis=(1, 2, 3))
+        teachers |= {
+            "another patch's MR": (replace(examples, mr=examples.mr[order]), teacher),
+            "untrained teacher": (examples, untrained),
+            "MR shifted by 2 mm": (replace(examples, mr=rolled), teacher),
+        }
+        recipes |= dict.fromkeys(
+            ("another patch's MR", "untrained teacher", "MR shifted by 2 mm"), LOSSES["feature_l1"]
+        )
+    return students(examples, fold, recipes, teachers, {}, seeds, settings.epochs)
+
+
+def gain(examples: Examples, rows: np.ndarray, a: np.ndarray, b: np.ndarray) -> dict:
+    """Mean ICC of both, and their paired difference with a subject-bootstrap interval."""
+    reference, subjects = examples.targets[rows], examples.table["subject_id"].to_numpy()[rows]
+    rng = np.random.default_rng(SEED)
+    found = agreement.bootstrap_icc_difference(reference, a, b, subjects, rng)
+    means = [np.mean([agreement.icc(reference[:, j], e[:, j])["icc"] for j in range(4)]) for e in (a, b)]
+    return {"icc": means[0], "icc_alone": means[1], "n_knees": len(set(subjects))} | found
+
+
+def scanner_of(knee_ids: np.ndarray) -> pd.DataFrame:
+    """What the CT scanner drew for each knee."""
+    constants, rows = simulation.load_protocol(), []
+    for knee_id in knee_ids:
+        drawn = scans.draw_scan("ct", constants, [SEED, zlib.crc32(knee_id.encode())])
+        rows.append({"bone_hu": drawn["hu"]["bone"] * drawn["scale"], "kernel": drawn["fwhm_in_plane"]})
+        rows[-1] |= {"noise": drawn["noise"]}
+    return pd.DataFrame(rows, index=knee_ids)
+
+
+def thirds(examples: Examples, test: np.ndarray, found: dict, by: pd.Series) -> list[dict]:
+    """The gain of local evidence in thirds of the test knees by a scanner's property."""
+    value = by.loc[examples.table["knee_id"].to_numpy()[test]].to_numpy()
+    edges = np.quantile(by.loc[np.unique(examples.table["knee_id"].to_numpy()[test])], (0, 1 / 3, 2 / 3, 1))
+    rows = []
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        own = (value >= low) & (value <= high)
+        pair = found["local_evidence"][own], found["alone"][own]
+        rows.append({"low": low, "high": high} | gain(examples, test[own], *pair))
+    return rows
+
+
+def knowledge(examples: Examples, subjects: pd.DataFrame, ids: np.ndarray) -> dict:
+    """Mean ICC of the ridge when it is also told the knee's HU of full bone, its MR's susceptibility, or both."""
+    own = examples.table["knee_id"].to_numpy(str)
+    rows = np.flatnonzero(np.isin(own, ids))
+    features = distillation.ct_features(examples.ct[rows], examples.voi[rows])
+    constants, people = simulation.load_protocol(), subjects.set_index("knee_id", drop=False)
+    drawn = {
+        k: make_subject(people.loc[k].to_dict(), constants, [SEED, zlib.crc32(k.encode())], None).drawn for k in ids
+    }
+    bone = scanner_of(ids).loc[own[rows], "bone_hu"].to_numpy()
+    told = {"HU statistics": [], "+ HU of full bone": [bone, 1000 / bone, features[:, 0] / bone]}
+    ruler = examples.ruler[rows]
+    told["+ the ruler (measured)"] = [ruler, 1000 / ruler, features[:, 0] / ruler]
+    told["+ susceptibility of the MR"] = [np.array([drawn[k]["susceptibility"] for k in own[rows]])]
+    told["+ both"] = told["+ HU of full bone"] + told["+ susceptibility of the MR"]
+    first, targets = np.isin(own[rows], ids[: len(ids) // 2]), examples.targets[rows]
+    people_of = examples.table["subject_id"].to_numpy(str)[rows]
+    found = {}
+    for name, columns in told.items():
+        x = np.column_stack([features, *columns])
+        guess = distillation.hu_regression(x[first], targets[first], people_of[first], x[~first])
+        rng = np.random.default_rng(SEED)
+        found[name] = agreement.bootstrap_icc(targets[~first], guess, people_of[~first], rng)
+    return found
+
+
+def oracle(examples: Examples, run: Path, seeds: list[int]) -> dict:
+    """ICC on a run's patches of the CT network that was trained on all knees here."""
+    torch.set_num_threads(1)
+    other = distillation.prepare(patches.load_patches(run / "patches"), detail=False)
+    table = pd.concat([examples.table, other.table], ignore_index=True)
+    joined = {
+        n: np.concatenate([getattr(examples, n), getattr(other, n)]) for n in ("targets", "ct", "mr", "voi", "ruler")
+    }
+    whole, n = Examples(table, bone_fraction=None, **joined), len(examples.table)
+    fold = fold_over(whole, np.arange(n), np.arange(n, len(table)))
+    guess = students(whole, fold, {"ct_oracle": {}}, {}, {"ct_oracle": True}, seeds, ORACLE_EPOCHS)["ct_oracle"]
+    rows = other.table[["knee_id", "subject_id", "patch_id"]].assign(
+        arm="ct_oracle", **dict(zip(BIOMARKERS, guess.T, strict=True))
+    )
+    rng = np.random.default_rng(SEED)
+    found = agreement.nested(agreement.icc_table(rows, other.table, rng))["ct_oracle"]
+    return {"n_knees": int(examples.table["knee_id"].nunique()), "icc": found, "epochs": ORACLE_EPOCHS}
+
+
+def main() -> None:
+    """Scan (finished knees are reused), measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--folder", type=Path, required=True, help="of the scanned knees, kept")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", choices=["oracle", "evidence"], help="one of the two; the other's numbers are kept")
+    given = parser.parse_args()
+    everyone = simulation.draw_subjects(simulation.load_protocol(), LAST, SEED)
+    options = {"seed": SEED, "per": 4, "truths": 0, "rescans": 0, "protocol": None}
+    cohort.map_knees(scanned, everyone.iloc[FIRST:], given.folder, options, n_jobs=given.jobs, report=print)
+    examples, seeds = distillation.prepare(patches.load_patches(given.folder), detail=False), list(range(given.seeds))
+    content = json.loads(OUT.read_text()) if OUT.exists() else {}
+    content |= {"protocol_sha256": simulation.protocol_sha256(), "seed": SEED, "training_seeds": given.seeds}
+    if given.only != "evidence":
+        manifest = cohort.sha256_file(given.run / "cohort" / "simulated.csv")
+        content["oracle"] = {"manifest_sha256": manifest} | oracle(examples, given.run, seeds)
+        cohort.write_json(OUT, content)
+    if given.only != "oracle":
+        cohort.write_json(OUT, content | evidence(examples, everyone, seeds, given.jobs))
+
+
+def evidence(examples: Examples, everyone: pd.DataFrame, seeds: list[int], n_jobs: int) -> dict:
+    """Learning curve, controls, and where the gain and the error lie."""
+    ids = np.random.default_rng(SEED).permutation(np.unique(examples.table["knee_id"].to_numpy(str)))
+    test = np.flatnonzero(np.isin(examples.table["knee_id"].to_numpy(str), ids[-N_TEST:]))
+    run = partial(at_size, examples, ids, test, seeds=seeds)
+    with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
+        found = dict(zip(SIZES, joblib.Parallel()(joblib.delayed(run)(size=size) for size in SIZES), strict=True))
+    curve = {
+        name: {str(n): gain(examples, test, known[name], known["alone"]) for n, known in found.items()}
+        for name in LOSSES
+    }
+    largest, scanner = found[SIZES[-1]], scanner_of(ids[-N_TEST:])
+    controls = {
+        n: gain(examples, test, v, largest["alone"]) for n, v in largest.items() if n not in LOSSES | {"alone": 0}
+    }
+    parts = {f"by_{name}": thirds(examples, test, largest, scanner[name]) for name in ("kernel", "noise")}
+    told = knowledge(examples, everyone, ids[:N_TOLD])
+    return {"learning_curve": curve, "controls": controls, "knowledge": told, "recipes": LOSSES} | parts
+
+
+if __name__ == "__main__":
+    main()
