@@ -169,3 +169,36 @@ def test_knees_of_an_earlier_manifest_are_not_read_again(tmp_path):
         table.to_csv(tmp_path / f"{knee_id}_table.csv", index=False)
     patches.keep_only(tmp_path, ["k1", "k2"])
     assert list(patches.load_table(tmp_path)["knee_id"]) == ["k1"]
+
+
+def shafts(tibia_hu=1200, femur_hu=900, spacing=(1.0, 1.0, 1.0)):
+    """Femur above tibia, both 30 mm long: a shell of cortex around marrow, denser at the far ends."""
+    hu, labels = np.full((70, 24, 24), -100, np.float32), np.zeros((70, 24, 24), np.uint8)
+    for value, rows, cortex in ((BONES["tibia"], slice(2, 32), tibia_hu), (BONES["femur"], slice(38, 68), femur_hu)):
+        labels[rows, 4:20, 4:20] = value
+        hu[rows, 4:20, 4:20], hu[rows, 6:18, 6:18] = 500, 0
+        hu[slice(2, 12) if value == BONES["tibia"] else slice(58, 68), 4, 4:20] = cortex
+    images = [sitk.GetImageFromArray(a) for a in (hu, labels)]
+    for image in images:
+        image.SetSpacing(spacing)
+    return images
+
+
+def test_the_ruler_is_the_densest_bone_far_from_the_joint():
+    ct, masks = shafts()
+    assert patches.shaft_slices(masks, "tibia") == slice(2, 12)
+    assert patches.shaft_slices(masks, "femur") == slice(58, 68)
+    # a sixteenth of the bone's voxels there hold the dense value, more than the half per cent that is read
+    assert patches.cortex_hu(ct, masks) == {"cortex_femur_hu": 900.0, "cortex_tibia_hu": 1200.0}
+    thick = [sitk.DICOMOrient(image, "LPI") for image in (ct, masks)]
+    assert patches.cortex_hu(*thick) == patches.cortex_hu(ct, masks)  # however the file is ordered
+    table = pd.DataFrame([patches.cortex_hu(ct, masks)] * 2)
+    np.testing.assert_array_equal(patches.ruler_hu(table), [1050.0, 1050.0])
+    with pytest.raises(InputFault, match="hold no femur"):
+        patches.cortex_hu(ct, masks * (masks == BONES["tibia"]))
+
+
+def test_the_ruler_scales_with_the_scanner():
+    ct, masks = shafts()
+    a, b = patches.cortex_hu(ct, masks), patches.cortex_hu(ct * 1.2, masks)
+    assert all(b[name] == pytest.approx(1.2 * a[name], rel=1e-6) for name in a)
