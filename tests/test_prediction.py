@@ -89,7 +89,7 @@ def run(good, tmp_path_factory):
     table.to_csv(path / "cohort" / "small.csv", index=False)
     splits = pd.DataFrame({"subject_id": table["subject_id"], "fold": np.arange(N_KNEES) // 3})
     splits.to_csv(path / "cohort" / "small_splits.csv", index=False)
-    found = cross_validate(patches.load_patches(path / "patches"), splits, [ARM], TINY, 0, path / "models")
+    found = cross_validate(patches.load_patches(path / "patches"), splits, [ARM], TINY, [0], path / "models")
     found.to_csv(path / "models" / "predictions.csv", index=False)
     head = {"profile": "small", "seed": 0, "protocol_sha256": "a" * 64, "manifest_sha256": "b" * 64, "git_commit": "c"}
     for stage, numbers in {
@@ -117,6 +117,7 @@ def write_knee(path, name, side, ct, masks, rng):
     bv_tv = mean / 1200 + rng.normal(0, 0.02, len(mean))
     values = dict(zip(BIOMARKERS, (bv_tv, 0.2 + bv_tv / 3, 0.9 - bv_tv, 1 + bv_tv), strict=True))
     ids = {"knee_id": name, "subject_id": name.replace("k", "s"), "patch_id": np.arange(len(table))}
+    values |= patches.cortex_hu(ct, masks)
     table.assign(**ids, **values, flag="").to_csv(path / "patches" / f"{name}_table.csv", index=False)
     mr = np.full(voi.shape, 500, np.float16)
     np.savez(path / "patches" / f"{name}.npz", mr=mr, ct=hu.astype(np.float16), voi=voi)
@@ -219,6 +220,7 @@ def reseal(folder, **changes):
 
 def other_estimates(folder):
     record = json.loads((folder / f"{ARM}_fold0_seed0.json").read_text())
+    record["scale"]["low"][0] += 0.1  # both: an estimate that is kept at either end moves too
     record["scale"]["high"][0] += 0.1
     cohort.write_json(folder / f"{ARM}_fold0_seed0.json", record)
     reseal(folder)
