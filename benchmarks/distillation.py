@@ -6,10 +6,10 @@ Knees are scanned at their patches alone (see calibration.py), with true alignme
 used to choose settings and are left out. Writes docs/results/distillation_evidence.json:
 
 - `oracle`: the CT network trained on ten times the knees, on the patches of a run: the limit of this CT;
-- `learning_curve`: gain of the teacher over the student alone by number of paired knees, on other knees;
-- `controls`: the same with a teacher that sees another patch, was never trained, or sees MR shifted by 2 mm;
-- `by_kernel`, `by_noise`: the gain in thirds of the test knees;
-- `knowledge`: ridge on HU statistics that is also told what no CT shows: where the error comes from.
+- `knowledge`: ridge on HU statistics that is also told what no CT shows: where the error comes from;
+- `learning`: gain of the teacher over the student alone by number of paired knees, on other knees (`curve`); the same
+  with a teacher that sees another patch, was never trained, or sees MR shifted by 2 mm (`controls`); the gain in
+  thirds of the test knees (`by_kernel`, `by_noise`).
 """
 
 import argparse
@@ -32,7 +32,7 @@ from ctsma.simulation import knees as scans
 from ctsma.simulation.subject import make_subject
 
 SEED, FIRST, LAST = 2000, 137, 880  # of the knees; the first 137 chose settings
-SIZES, N_TEST, N_TOLD = (10, 20, 40, 80), 200, 240
+SIZES, N_TEST, N_TOLD = (10, 20, 40), 200, 240
 ORACLE_EPOCHS = 8  # 4.6 times the steps of the study's arms
 SHIFT_VOXELS = (3, 9, 9)  # slices, rows, columns of the MR: 2.25, 2 and 2 mm
 LOSSES = {"feature_l1": {"feature_l1": 0.1}, "local_evidence": {"local_evidence": 0.3}}
@@ -154,7 +154,8 @@ def oracle(examples: Examples, run: Path, seeds: list[int]) -> dict:
     )
     rng = np.random.default_rng(SEED)
     found = agreement.nested(agreement.icc_table(rows, other.table, rng))["ct_oracle"]
-    return {"n_knees": int(examples.table["knee_id"].nunique()), "icc": found, "epochs": ORACLE_EPOCHS}
+    about = {"n_knees": int(examples.table["knee_id"].nunique()), "epochs": ORACLE_EPOCHS, "training_seeds": len(seeds)}
+    return about | {"manifest_sha256": cohort.sha256_file(run / "cohort" / "simulated.csv"), "icc": found}
 
 
 def main() -> None:
@@ -164,25 +165,27 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="of the scanned knees, kept")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--only", choices=["oracle", "evidence"], help="one of the two; the other's numbers are kept")
+    parser.add_argument("--only", choices=["oracle", "knowledge", "learning"], help="one part; the others are kept")
     given = parser.parse_args()
     everyone = simulation.draw_subjects(simulation.load_protocol(), LAST, SEED)
     options = {"seed": SEED, "per": 4, "truths": 0, "rescans": 0, "protocol": None}
     cohort.map_knees(scanned, everyone.iloc[FIRST:], given.folder, options, n_jobs=given.jobs, report=print)
     examples, seeds = distillation.prepare(patches.load_patches(given.folder), detail=False), list(range(given.seeds))
-    content = json.loads(OUT.read_text()) if OUT.exists() else {}
-    content |= {"protocol_sha256": simulation.protocol_sha256(), "seed": SEED, "training_seeds": given.seeds}
-    if given.only != "evidence":
-        manifest = cohort.sha256_file(given.run / "cohort" / "simulated.csv")
-        content["oracle"] = {"manifest_sha256": manifest} | oracle(examples, given.run, seeds)
-        cohort.write_json(OUT, content)
-    if given.only != "oracle":
-        cohort.write_json(OUT, content | evidence(examples, everyone, seeds, given.jobs))
-
-
-def evidence(examples: Examples, everyone: pd.DataFrame, seeds: list[int], n_jobs: int) -> dict:
-    """Learning curve, controls, and where the gain and the error lie."""
     ids = np.random.default_rng(SEED).permutation(np.unique(examples.table["knee_id"].to_numpy(str)))
+    parts = {
+        "oracle": partial(oracle, examples, given.run, seeds),
+        "knowledge": partial(knowledge, examples, everyone, ids[:N_TOLD]),
+        "learning": partial(learning, examples, ids, seeds, given.jobs),
+    }
+    for name in [given.only] if given.only else parts:
+        found = parts[name]()
+        content = json.loads(OUT.read_text()) if OUT.exists() else {}
+        content |= {"protocol_sha256": simulation.protocol_sha256(), "seed": SEED}
+        cohort.write_json(OUT, content | {name: found})
+
+
+def learning(examples: Examples, ids: np.ndarray, seeds: list[int], n_jobs: int) -> dict:
+    """Learning curve, controls, and at which scanners the gain lies."""
     test = np.flatnonzero(np.isin(examples.table["knee_id"].to_numpy(str), ids[-N_TEST:]))
     run = partial(at_size, examples, ids, test, seeds=seeds)
     with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
@@ -192,12 +195,9 @@ def evidence(examples: Examples, everyone: pd.DataFrame, seeds: list[int], n_job
         for name in LOSSES
     }
     largest, scanner = found[SIZES[-1]], scanner_of(ids[-N_TEST:])
-    controls = {
-        n: gain(examples, test, v, largest["alone"]) for n, v in largest.items() if n not in LOSSES | {"alone": 0}
-    }
+    controls = {n: gain(examples, test, v, largest["alone"]) for n, v in largest.items() if n not in {"alone", *LOSSES}}
     parts = {f"by_{name}": thirds(examples, test, largest, scanner[name]) for name in ("kernel", "noise")}
-    told = knowledge(examples, everyone, ids[:N_TOLD])
-    return {"learning_curve": curve, "controls": controls, "knowledge": told, "recipes": LOSSES} | parts
+    return {"curve": curve, "controls": controls, "losses": LOSSES, "training_seeds": len(seeds)} | parts
 
 
 if __name__ == "__main__":
