@@ -163,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--folder", type=Path, required=True, help="of the scanned knees, kept")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1, help="networks whose estimates are averaged")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", choices=["oracle", "knowledge", "learning"], help="one part; the others are kept")
     given = parser.parse_args()
