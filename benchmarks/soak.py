@@ -2,11 +2,10 @@
 
     python benchmarks/soak.py --kills 20
 
-The simulation's kernels are compiled first: numba's code differs in the last bits between the process that compiles it
-and those that load it from its cache. Then a run that nobody disturbs. Then the same run in another folder: each stage
-is killed equally often, at a moment drawn evenly over the time the stage took undisturbed, but at most --window seconds
-after it went on: as each start goes on where the last kill left, the kills spread over the stage. The victim is drawn
-too: the command alone, its kernel, or the whole process group at once, as when the machine loses power. Writes
+First a run that nobody disturbs. Then the same run in another folder: each stage is killed equally often, at a moment
+drawn evenly over the time the stage took undisturbed, but at most --window seconds after it went on: as each start goes
+on where the last kill left, the kills spread over the stage. The victim is drawn too: the command alone, its kernel, or
+the whole process group at once, as when the machine loses power. Writes
 docs/results/soak.json: every kill, which results differ afterwards (seconds and times left out), and which finished
 knees or models were computed twice.
 """
@@ -110,7 +109,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = given.folder or Path(folder)
         base.mkdir(parents=True, exist_ok=True)
-        simulation.write_cohort(base / "compiled", "one", 1, given.seed, (90.0, 64.0, 56.0), 1)
         finished(started(base, "calm"))
         calm, run = base / "runs" / "calm", base / "runs" / "disturbed"
         seconds = {row["stage"]: row["seconds"] for row in study.status(calm)}

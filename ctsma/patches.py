@@ -225,7 +225,7 @@ def load_table(folder: str | Path, usable: bool = True) -> pd.DataFrame:
     if not files:
         raise InputFault(folder, "holds no patches", "register and cut at least one knee first")
     table = pd.concat([pd.read_csv(f, dtype={"knee_id": "str", "subject_id": "str"}) for f in files], ignore_index=True)
-    table["flag"] = table["flag"].fillna("")
+    table["flag"] = table["flag"].astype(object).fillna("")
     return table[table["flag"] == ""].reset_index(drop=True) if usable else table
 
 

@@ -1,5 +1,6 @@
 """Volumes from NIfTI files and DICOM folders, checked before anybody computes on them."""
 
+import errno
 import os
 import tempfile
 import zlib
@@ -14,6 +15,7 @@ from .names import InputFault
 
 SPACING_TOLERANCE = 0.01  # relative unevenness of slice gaps that is still rounding (our choice)
 TILT_TOLERANCE_DEG = 0.5  # gantry tilt below this shifts a 100 mm stack by less than 1 mm (our choice)
+NIFTI_HEADER_BYTES = 352  # NIfTI-1 header and the four bytes before the voxels
 MIN_SLICES = 8  # thinner stacks cannot hold a 10 mm patch at routine gaps (our choice)
 BONE_HU = 250.0  # cortical bone lies above; the published code's bone threshold
 TAGS = [
@@ -61,7 +63,7 @@ def read_volume(path: str | Path, modality: str, echo: int | None = None) -> sit
 def write_volume(image: sitk.Image, path: str | Path) -> Path:
     """Write a volume whole or not at all (temporary file, then rename); gzip level 1, no time stamp.
 
-    Returns the path. The folder is made where it does not exist.
+    Returns the path. The folder is made where it does not exist. OSError when the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,11 +72,23 @@ def write_volume(image: sitk.Image, path: str | Path) -> Path:
     os.close(handle)
     try:
         sitk.WriteImage(image, temporary, useCompression=True, compressionLevel=1)
+        if suffix == ".nii.gz":
+            _check_written(image, Path(temporary))
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     finally:
         Path(temporary).unlink(missing_ok=True)
     return path
+
+
+def _check_written(image: sitk.Image, file: Path) -> None:
+    """ITK's NIfTI writer says nothing of a full disk. The last four bytes of gzip are the length of its content."""
+    voxels = image.GetNumberOfPixels() * image.GetNumberOfComponentsPerPixel() * image.GetSizeOfPixelComponent()
+    with file.open("rb") as stream:
+        stream.seek(-min(4, file.stat().st_size), os.SEEK_END)
+        length = int.from_bytes(stream.read(), "little")
+    if length != (NIFTI_HEADER_BYTES + voxels) % 2**32:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
 
 def anatomical_plane(image: sitk.Image, plane: str, share: float = 0.5) -> tuple[np.ndarray, tuple[float, float]]:

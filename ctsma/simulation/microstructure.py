@@ -58,7 +58,7 @@ def smooth_field(rng: np.random.Generator, shape: tuple, length: float) -> np.nd
     return field * (2 * np.sqrt(np.pi) * length) ** 1.5
 
 
-@njit(cache=True, fastmath=True, inline="always")
+@njit(cache=True, inline="always")
 def field_at(tile, x, y, z, cos, sin) -> float:
     """cos * fine + sin * coarse at non-negative tile voxel coordinates, trilinear and periodic."""
     i, j, k = int(x), int(y), int(z)
@@ -77,7 +77,7 @@ def field_at(tile, x, y, z, cos, sin) -> float:
     return f
 
 
-@njit(cache=True, fastmath=True)
+@njit(cache=True)
 def bone_fraction(tile, x, y, z, samples, soft, c, w, theta) -> np.ndarray:
     """Bone volume fraction of a footprint: weighted mean over sub-samples of the level set, each with a soft edge.
 

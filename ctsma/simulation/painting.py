@@ -175,7 +175,7 @@ def _fraction(distance, edge):
     return min(max(np.float32(0.5) - distance / edge, np.float32(0)), np.float32(1))
 
 
-@njit(cache=True, fastmath=True)
+@njit(cache=True)
 def paint(
     coarse, start, ratio, tile, maps, dense, sparse, soft, water, fat, additive, edge, widening, image, labels
 ) -> None:
