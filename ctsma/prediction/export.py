@@ -11,6 +11,7 @@ import pandas as pd
 import SimpleITK as sitk
 from numpy import ndarray
 from safetensors.numpy import save_file
+from scipy.ndimage import gaussian_filter
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -21,7 +22,7 @@ from ctsma.agreement import conformal_radius, cross_conformal
 from ctsma.cohort import BIOMARKERS, COMPARTMENTS, InputFault, Run, sha256_file, write_json
 from ctsma.diagnosis import compartment_means
 from ctsma.distillation import load_model
-from ctsma.patches import Patches, load_patches, ruler_hu
+from ctsma.patches import CT_SHAPE, MR_SHAPE, Patches, load_patches
 
 from .card import model_card
 from .ensemble import ABOUT, CARD, CHECK, FAMILIAR, SCHEMA_VERSION, estimate
@@ -29,7 +30,8 @@ from .limits import Familiar, familiar_of, limits_of, patch_measures, scan_measu
 
 LEVEL = 0.90  # of the intervals; the study's own
 PERCENTILES = np.arange(0, 101, 5)
-N_CHECKED = 4  # patches stored with their estimates, so that a copy can be tried out (our choice)
+CHECK_MEANS_HU, CHECK_SD_HU = (250.0, 350.0, 450.0, 600.0), 150.0  # patches of noise, about bone's HU (our choice)
+CHECK_SIGMAS, CHECK_RULER_HU = (0.7, 1.0, 1.5, 2.0), 1400.0  # their smoothness in pixels; ruler (our choice)
 KEPT = (
     "key",
     "arm",
@@ -58,7 +60,7 @@ def export_model(run: str | Path, folder: str | Path, arm: str = "ct_sma_plus", 
     n_jobs : processes that measure the training CTs.
 
     Returns `folder`. Raises InputFault: an arm without networks, an unfinished run, a folder with other content.
-    Subject ids stay behind; four patches of bone go along (`check.safetensors`).
+    Subject ids and images stay behind.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / ABOUT).is_file():
@@ -82,7 +84,7 @@ def _write(run: Run, folder: Path, arm: str, seed: int, n_jobs: int) -> None:
     data = load_patches(run.path / "patches")
     familiar = familiar_of(data.ct.astype(np.float32), data.voi)
     save_file({"centre": familiar.centre, "whitening": familiar.whitening}, folder / FAMILIAR)
-    _write_check(folder, members, data)
+    _write_check(folder, members)
     heads = ("profile", "seed", "protocol_sha256", "manifest_sha256", "git_commit")
     about = {"schema_version": SCHEMA_VERSION, "arm": arm, "member_seed": seed, "members": [m.name for m in members]}
     about |= {name: agreement[name] for name in heads} | {"simulated": bool(first.get("simulated"))}
@@ -169,10 +171,13 @@ def _copy_members(run: Run, folder: Path, arm: str, seed: int) -> tuple[list[Pat
     return [folder / stem.name for stem in stems], kept
 
 
-def _write_check(folder: Path, members: list[Path], data: Patches) -> None:
-    rows = data.table.groupby("compartment", sort=False).head(1).index[:N_CHECKED]
-    ct, voi = data.ct[rows].astype(np.float16), data.voi[rows].astype(bool)
-    ruler = ruler_hu(data.table.loc[rows])
+def _write_check(folder: Path, members: list[Path]) -> None:
+    """Estimates to compare with at every load, on patches of smooth noise: no image of a patient goes along."""
+    rng = np.random.default_rng(0)
+    noise = np.stack([gaussian_filter(rng.standard_normal(CT_SHAPE), (0, s, s)) for s in CHECK_SIGMAS])
+    noise *= CHECK_SD_HU / noise.std(axis=(1, 2, 3), keepdims=True)
+    ct = (np.reshape(CHECK_MEANS_HU, (-1, 1, 1, 1)) + noise).astype(np.float16)
+    voi, ruler = np.ones((len(ct), *MR_SHAPE), bool), np.full(len(ct), CHECK_RULER_HU)
     found = estimate([load_model(stem) for stem in members], ct.astype(np.float32), voi, ruler)
     save_file({"ct": ct, "voi": voi, "ruler_hu": ruler, "estimate": found.astype(np.float64)}, folder / CHECK)
 

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 from numpy import ndarray
-from scipy import ndimage
 from scipy.special import expit
 
 from ctsma import patches
 from ctsma.cohort import BIOMARKERS, BONES, COMPARTMENTS, InputFault
+from ctsma.intake import side_of
 from ctsma.patches import centres, cortex_hu, cut, grid_points, trabecular_region
 from ctsma.registration import bone_masks, isotropic
 
@@ -28,9 +28,6 @@ COLUMN_MM = 1.0  # between columns where patch centres are sought (our choice)
 EVERYWHERE = 10_000  # patches a compartment: as many as have room 4 mm from each other
 OUTSIDE = "leaves the field of view"
 HALF_MM = np.array([4.5, 5.25, 5.25])  # of a patch along x, y, z
-FIBULA_BELOW_MM, FIBULA_MM3 = 20.0, 300.0  # below the plateau; less may be a fragment (our choice)
-FIBULA_ACROSS_MM = 30.0  # wider pieces are what the masks leave of the tibia (our choice)
-FIBULA_BESIDE_MM = 10.0  # from the middle of the tibia; 28 to 40 mm in our simulated knees (our choice)
 
 
 @dataclass(frozen=True)
@@ -113,18 +110,11 @@ def joint_view(ct: sitk.Image, side: str) -> sitk.Image:
 
 
 def check_side(view: sitk.Image, masks: sitk.Image, side: str) -> None:
-    """InputFault where the fibula, if it is in view, lies on the inner side of the tibia; images in LPS axes."""
-    labels, spacing = sitk.GetArrayViewFromImage(masks), np.array(masks.GetSpacing()[::-1])
-    top = np.flatnonzero((labels == BONES["tibia"]).any(axis=(1, 2))).max()
-    below = slice(0, max(1, top - int(FIBULA_BELOW_MM / spacing[0])))
-    fibula = _fibula((sitk.GetArrayViewFromImage(view)[below] > BONE_HU) & (labels[below] == 0), spacing)
-    if fibula is None:
-        return
-    middle = [np.nonzero(part)[2].mean() * spacing[2] for part in (fibula, labels[below] == BONES["tibia"])]
-    outward_mm = (middle[0] - middle[1]) * (1 if side == "L" else -1)
-    if outward_mm < -FIBULA_BESIDE_MM:
-        other = "R" if side == "L" else "L"
-        raise InputFault("side", f"is {side}, but the fibula lies where a knee {other} has it", f"give side {other}")
+    """InputFault where the fibula, if it is in view, lies on the inner side of the tibia."""
+    found = side_of(view, masks)
+    if found and found != side:
+        fault = f"is {side}, but the fibula lies where a knee {found} has it"
+        raise InputFault("side", fault, f"give side {found}")
 
 
 def biomarker_maps(knee: Knee) -> dict[str, sitk.Image]:
@@ -143,17 +133,6 @@ def biomarker_maps(knee: Knee) -> dict[str, sitk.Image]:
     for image in images.values():
         image.CopyInformation(knee.view)
     return images
-
-
-def _fibula(bone: ndarray, spacing_mm: ndarray) -> ndarray | None:
-    """The largest piece of bone beside the tibia, where it is as large as a fibula and no wider."""
-    pieces, n = ndimage.label(ndimage.binary_opening(bone, iterations=2))
-    if not n:
-        return None
-    largest = pieces == np.bincount(pieces.ravel())[1:].argmax() + 1
-    _, *across = ndimage.find_objects(largest.astype(int))[0]
-    wide_mm = max((part.stop - part.start) * mm for part, mm in zip(across, spacing_mm[1:], strict=True))
-    return largest if largest.sum() * spacing_mm.prod() >= FIBULA_MM3 and wide_mm <= FIBULA_ACROSS_MM else None
 
 
 def oa_probability(compartments: pd.DataFrame, oa: Mapping) -> float:
