@@ -30,11 +30,7 @@ from ctsma.simulation.subject import make_subject
 
 SIZES_MM = (0.0, 0.25, 0.5, 1.0, 2.0)
 KERNELS = {"linear": sitk.sitkLinear, "B-spline": sitk.sitkBSpline, "Lanczos": sitk.sitkLanczosWindowedSinc}
-N_REFINED, REACH_MM, BORDER = (
-    20,
-    0.6,
-    12,
-)  # knees for the two dearer parts; farthest refinement; margin of a direct scan
+N_REFINED, REACH_MM, BORDER = 8, 0.6, 12  # knees for the two dearer parts; farthest refinement; a scan's margin
 MR_GRID = patches.MR_SHAPE, patches.MR_SPACING_MM
 OUT = Path(__file__).parents[1] / "docs" / "results" / "registration_spread.json"
 
