@@ -89,9 +89,8 @@ def update_readme(readme: str | Path, results: str | Path) -> None:
 def origin(results: str | Path) -> str:
     """One line that says what run the numbers come from."""
     cohort = _read(results, "cohort")
-    minutes = sum(_read(results, stage.stem)["seconds"] for stage in sorted(Path(results).glob("*.json"))) / 60
     keys = f"protocol {cohort['protocol_sha256'][:12]}, seed {cohort['seed']}, commit {cohort['git_commit'][:12]}"
-    return f"Profile `{cohort['profile']}`, {cohort['n_knees']} knees, {keys}; notebooks ran {minutes:.0f} minutes."
+    return f"Profile `{cohort['profile']}`, {cohort['n_knees']} knees, {keys}."
 
 
 def _icc_lines(arm: str, values: dict) -> list[str]:
