@@ -6,7 +6,7 @@ On the simulated knees of a finished run, whose truth is known. Writes docs/resu
 
 - `displaced`: each bone's MR displaced by 0 to 2 mm in a direction drawn for it, the same patches cut and measured: ICC
   of the reference with that at 0 mm; agreement of a ridge on the CT that was trained and judged by the displaced
-  reference; beside it the rescan and the run's own registration;
+  reference; beside it the run's own registration;
 - `kernels`: MR carried onto the patch grid by three kernels, against an MR scanned on the patch grid itself: contrast
   (SD in the trabecular region over that of the direct scan) and the biomarkers' ratio;
 - `refinement`: translation of every patch by mutual information (all voxels, at most REACH_MM), error before and after.
@@ -46,7 +46,7 @@ def one_knee(run: Path, knee: dict, person: dict, dear: bool, seed: int) -> dict
     ct, mr = read_pair(run / "cohort", knee["knee_id"])
     truth = simulation.read_truth(run / "cohort", knee["knee_id"])
     rng = np.random.default_rng([seed, zlib.crc32(knee["knee_id"].encode())])
-    directions = {bone: unit(rng.standard_normal(3)) for bone in BONES}
+    directions = {bone: v / np.linalg.norm(v) for bone, v in zip(BONES, rng.standard_normal((2, 3)), strict=True)}
     stacks = {}
     for size in SIZES_MM:
         moved = {b: after(shift(size * d), truth.transforms[b]) for b, d in directions.items()}
@@ -62,11 +62,6 @@ def one_knee(run: Path, knee: dict, person: dict, dear: bool, seed: int) -> dict
 def places(table: pd.DataFrame) -> list[tuple[str, tuple]]:
     """(bone, centre in LPS mm) of every patch."""
     return [(r["compartment"].split("_")[0], (r["x"], r["y"], r["z"])) for r in table.to_dict("records")]
-
-
-def unit(vector: np.ndarray) -> np.ndarray:
-    """Length 1."""
-    return vector / np.linalg.norm(vector)
 
 
 def shift(millimetres: np.ndarray) -> sitk.Euler3DTransform:

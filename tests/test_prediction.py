@@ -480,6 +480,10 @@ def test_the_wrong_side_is_noticed_by_the_fibula(good):
     knee.check_side(ct, masks, side)
     with pytest.raises(InputFault, match=f"side: is {other}, but the fibula lies where a knee {side} has it"):
         knee.check_side(ct, masks, other)
+    mirrored = [changed(image, sitk.GetArrayFromImage(image)[:, :, ::-1]) for image in (ct, masks)]
+    knee.check_side(*mirrored, other)
+    with pytest.raises(InputFault, match=f"side: is {side}, but the fibula lies where a knee {other} has it"):
+        knee.check_side(*mirrored, side)
     alone = np.where(sitk.GetArrayFromImage(masks) > 0, sitk.GetArrayFromImage(ct), 40)  # no fibula: nothing to say
     knee.check_side(changed(ct, alone), masks, other)
 
