@@ -28,7 +28,7 @@ from calibration import scanned
 
 from ctsma import agreement, cohort, distillation, networks, patches, simulation
 from ctsma.cohort import BIOMARKERS
-from ctsma.distillation.training import Examples, Fold, _scale, train
+from ctsma.distillation.training import Examples, Fold, scale_of, train
 from ctsma.simulation import knees as scans
 from ctsma.simulation.subject import make_subject
 
@@ -42,7 +42,7 @@ OUT = Path(__file__).parents[1] / "docs" / "results" / "distillation_evidence.js
 
 def fold_over(examples: Examples, fit: np.ndarray, test: np.ndarray) -> Fold:
     """Rows to fit and to predict; a few test rows watch the fit and choose nothing."""
-    return Fold(0, fit, test[:32], test, _scale(examples, fit, 0))
+    return Fold(0, fit, test[:32], test, scale_of(examples, fit, 0))
 
 
 def students(examples: Examples, fold: Fold, recipes: dict, teachers: dict, ruled: dict, seeds, epochs: int) -> dict:

@@ -4,8 +4,9 @@
 
 Knees of the stress set (another seed than the study's): the last `--train` teach, the first `--test` are registered.
 Networks learn on training subjects alone; `paired` learns from pairs that the direct registration aligned (no truth).
-Writes docs/results/registration_ablation.json: per arm and condition the TRE, the TRE after a last level on the MR
-itself, Dice of bone masks found in the synthetic CT, and seconds.
+Writes docs/results/registration_ablation.json: per arm and condition the TRE after mutual information with the arm's
+image, the TRE after the last stage (the trabeculae of the MR itself), Dice of bone masks found in the synthetic CT, and
+seconds.
 """
 
 import argparse
@@ -19,9 +20,10 @@ import torch
 from registration_stress import FLEXION_DEG, SEED, read_pair, simulated, spoiled
 
 from ctsma import cohort, simulation
-from ctsma.registration import bone_masks, isotropic, register_knee, target_registration_error_mm
-from ctsma.registration.stages import PER_BONE, bone_depths_mm, descend
+from ctsma.registration import bone_masks, isotropic, reason_to_flag, register_knee, target_registration_error_mm
+from ctsma.registration.stages import TRABECULAE, align_trabeculae, bone_depths_mm
 from ctsma.registration.synthesis import SLICE_MM, Recipe, ct_beside_mr, grey_slices, learn_synthesis, synthetic_ct
+from ctsma.registration.trabeculae import trabeculae
 
 STEPS = 200
 RECIPES = {
@@ -98,17 +100,17 @@ def dice(made: sitk.Image, truth: simulation.Truth) -> dict[str, float]:
 
 
 def registered(ct, moving, mr, truth) -> dict:
-    """TRE with a moving image, and after one more level on the MR itself; the flag and seconds."""
+    """TRE of mutual information with a moving image, and after the last stage on the MR itself; flag and seconds."""
     tic, masks = time.process_time(), bone_masks(ct)
-    found = register_knee(ct, moving, masks, seed=0)
-    row = {"flagged": found.flagged, "cpu_seconds": time.process_time() - tic}
-    pyramid, depths = {0.5: (isotropic(ct, 0.5), isotropic(mr, 0.5))}, bone_depths_mm(masks)
-    for bone, transform in found.transforms.items():
+    found, depths, checks = register_knee(ct, moving, masks, seed=0), bone_depths_mm(masks), {}
+    row = {"cpu_seconds": time.process_time() - tic}
+    fine = tuple(trabeculae(isotropic(image, TRABECULAE.spacing_mm)) for image in (ct, mr))
+    for bone, transform in found.stage_transforms["per_bone"].items():
         points, true = truth.target_points_lps(bone), truth.transforms[bone]
-        polished = descend([transform], pyramid, PER_BONE[-1:], depths[bone], 0, [], "per_bone", bone)
+        polished, checks[bone] = align_trabeculae(*fine, depths[bone], transform, 0, [], bone)
         row[f"tre_{bone}"] = float(target_registration_error_mm(transform, true, points).mean())
         row[f"polished_{bone}"] = float(target_registration_error_mm(polished, true, points).mean())
-    return row
+    return row | {"flagged": reason_to_flag(checks, 0.0)}
 
 
 def one_knee(root: Path, knee_id: str, condition: str, generators: dict) -> list[dict]:

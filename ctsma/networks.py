@@ -30,6 +30,7 @@ class Estimator(nn.Module):
     published : mean over the whole grid and a sigmoid at the end; else (ours) mean over the bone mask and none, which
         makes the head's output at a place that place's share of the prediction.
     spread : last features (B, C) -> (B, 4) log variances of the predictions; None where they are not learned.
+    channels : of the input that are read; further ones are left out.
     """
 
     def __init__(
@@ -40,13 +41,15 @@ class Estimator(nn.Module):
         edge: int | None = None,
         published: bool = False,
         spread: nn.Module | None = None,
+        channels: int = 2,
     ):
         super().__init__()
         self.stem, self.stages, self.head, self.spread = stem, nn.ModuleList(stages), head, spread
-        self.edge, self.published = edge, published
+        self.edge, self.published, self.channels = edge, published, channels
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(B, channels, x, z, y) -> prediction (B, 4), 0..1 on the min-max scale of the targets, [stage maps]."""
+        x = x[:, : self.channels]
         if self.edge:
             x = functional.interpolate(x, size=(self.edge,) * 3, mode="trilinear")
         features, maps = self.stem(x), []
@@ -142,7 +145,7 @@ def _compact(role: str, widths: tuple[int, ...], channels: int) -> Estimator:
         UnetResBlock(3, middle, last, 3, 2, "batch"),
     ]
     heads = [nn.Linear(last, len(BIOMARKERS)) for _ in range(2)]
-    return Estimator(nn.Sequential(*stem), stages, heads[0], spread=heads[1])
+    return Estimator(nn.Sequential(*stem), stages, heads[0], spread=heads[1], channels=channels)
 
 
 def _paper(role: str) -> Estimator:

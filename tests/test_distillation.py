@@ -277,8 +277,8 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(patches, tmp_path):
     whole, curves = train("student", {}, None, *options)
 
     class Cut(Progress):
-        def keep(self, parts, rng, curves):
-            super().keep(parts, rng, curves)
+        def keep(self, parts, rng, curves, finished):
+            super().keep(parts, rng, curves, finished)
             if len(curves) == 2:
                 raise KeyboardInterrupt
 

@@ -24,13 +24,15 @@ from ctsma.registration import (
     target_registration_error_mm,
     write_registration,
 )
-from ctsma.registration.quality import MAX_DRIFT_MM, mutual_information
-from ctsma.registration.stages import bone_depths_mm, centre_of, half_bones, recentred, rigid
+from ctsma.registration.quality import MIN_MATCH
+from ctsma.registration.stages import align_trabeculae, bone_depths_mm, centre_of, recentred, rigid
 from ctsma.registration.synthesis import Recipe, ct_beside_mr, grey_slices, learn_synthesis, synthetic_ct
 from ctsma.registration.synthesis import mutual_information as soft_information
+from ctsma.registration.trabeculae import FEWEST, matched, trabeculae
 from ctsma.simulation import protocol_sha256
 
 CT_SPACING_MM, MR_SPACING_MM = (0.9, 0.9, 1.0), (0.5, 0.5, 1.0)
+STAGES = ("centre", "whole_knee", "per_bone", "trabeculae")
 ELLIPSOIDS = {  # centre and radii in mm, LPS: two condyles and a shaft, a plateau and a shaft, a patella
     "femur": [((-13, 2, 14), (12, 17, 12)), ((13, -1, 13), (11, 19, 11)), ((0, -4, 34), (17, 13, 24))],
     "tibia": [((0, 0, -14), (26, 17, 13)), ((1, -3, -36), (13, 12, 26))],
@@ -126,17 +128,16 @@ def targets(bone):
 @pytest.mark.parametrize("bone", BONES)
 def test_a_known_motion_of_each_bone_comes_back(knee, bone):
     errors = target_registration_error_mm(read_transforms(knee["root"], "k0")[bone], knee["true"][bone], targets(bone))
-    # a third of the CT's 0.9 mm voxel: far below the 1 mm of success, above the bias of mutual information
-    assert np.median(errors) < 0.3
+    assert np.median(errors) < 0.22  # a quarter of the CT's 0.9 mm voxel; the phantom's texture is 1.5 mm coarse
 
 
 def test_the_stages_come_closer_and_the_flexion_is_found(knee):
     points = {bone: targets(bone) for bone in BONES}
     errors = stage_errors_mm(read_stages(knee["root"], "k0"), knee["true"], points)
-    mean = [np.mean([e.mean() for e in errors[stage].values()]) for stage in ("centre", "whole_knee", "per_bone")]
-    assert mean[0] > mean[1] > mean[2]
+    mean = [np.mean([e.mean() for e in errors[stage].values()]) for stage in STAGES]
+    assert mean == sorted(mean, reverse=True)
     assert knee["outcome"]["flagged"] == ""
-    assert knee["outcome"]["flexion_deg"] == pytest.approx(8.0, abs=0.7)  # 0.3 mm at 25 mm is 0.7 degrees
+    assert knee["outcome"]["flexion_deg"] == pytest.approx(8.0, abs=0.5)  # 0.2 mm at 25 mm
 
 
 def test_equal_seeds_give_equal_bits(knee, tmp_path):
@@ -149,7 +150,7 @@ def test_equal_seeds_give_equal_bits(knee, tmp_path):
 def test_transforms_on_disk_are_those_of_the_last_stage(knee):
     stages, transforms = read_stages(knee["root"], "k0"), read_transforms(knee["root"], "k0")
     for bone in BONES:  # matrices pass through angles and text: rounding of doubles, nothing more
-        error = target_registration_error_mm(stages["per_bone"][bone], transforms[bone], targets(bone))
+        error = target_registration_error_mm(stages["trabeculae"][bone], transforms[bone], targets(bone))
         assert error.max() < 1e-9
 
 
@@ -182,6 +183,31 @@ def test_an_mr_upside_down_or_of_one_bone_is_flagged_with_the_reason(knee, spoil
     assert found.flagged and reason in found.flagged
 
 
+def mirrored(mr):
+    out = sitk.Image(mr)
+    flip = np.diag([-1.0, 1.0, 1.0])
+    out.SetDirection((flip @ np.reshape(mr.GetDirection(), (3, 3))).ravel().tolist())
+    out.SetOrigin((flip @ np.array(mr.GetOrigin())).tolist())
+    return out
+
+
+def test_the_mr_of_another_knee_or_of_the_other_side_is_flagged_with_the_reason(knee):
+    for mr in (make_mr(knee["true"], seed=8), mirrored(knee["mr"])):  # the same shape, other trabeculae
+        found = register_knee(knee["ct"], mr, bone_masks(knee["ct"]), seed=3)
+        assert "trabeculae of the femur do not match" in found.flagged
+        assert found.checks["femur"]["match"] < MIN_MATCH < knee["outcome"]["match_femur"]
+
+
+@pytest.mark.parametrize("first_row", [0, 45])
+def test_a_bone_that_half_left_the_field_of_view_is_as_close_as_a_whole_one(knee, first_row):
+    mr = knee["mr"]  # 140 rows of 0.5 mm run to the foot
+    cut = sitk.RegionOfInterest(mr, [mr.GetSize()[0], 95, mr.GetSize()[2]], [0, first_row, 0])
+    found = register_knee(knee["ct"], cut, bone_masks(knee["ct"]), seed=3)
+    worst = [target_registration_error_mm(found.transforms[b], knee["true"][b], targets(b)).mean() for b in BONES]
+    assert found.flagged == "" and max(worst) < 0.4
+    assert min(c["overlap"] for c in found.checks.values()) < 0.7
+
+
 def test_slices_of_3_mm_are_aligned_or_flagged(knee):
     thick = sitk.BinShrink(knee["mr"], [1, 1, 3])
     found = register_knee(knee["ct"], thick, bone_masks(knee["ct"]), seed=3)
@@ -189,14 +215,27 @@ def test_slices_of_3_mm_are_aligned_or_flagged(knee):
     assert max(worst) < 1 or found.flagged
 
 
-def test_an_aligned_bone_stays_where_its_halves_are_and_a_moved_one_does_not(knee):
-    pair, depths = (isotropic(knee["ct"], 0.5), isotropic(knee["mr"], 0.5)), bone_depths_mm(bone_masks(knee["ct"]))
-    true = knee["true"]["femur"]
-    moved = rigid(true.GetMatrix(), true.GetCenter(), np.add(true.GetTranslation(), (1.0, 1.0, 0.5)))
-    drift = [half_bones(*pair, depths, "femur", t, margin_mm=1.0, seed=0)[0] for t in (true, moved)]
-    assert drift[0] < MAX_DRIFT_MM < drift[1]
+def test_trabeculae_bring_a_bone_back_from_1_mm_and_match_nothing_where_it_is_not(knee):
+    fine, depth = (
+        [trabeculae(isotropic(i, 0.5)) for i in (knee["ct"], knee["mr"])],
+        bone_depths_mm(bone_masks(knee["ct"])),
+    )
+    true, rows = knee["true"]["femur"], []
+    moved = rigid(true.GetMatrix(), true.GetCenter(), np.add(true.GetTranslation(), (1.0, 0.7, -0.9)))
+    found, checks = align_trabeculae(*fine, depth["femur"], moved, 0, rows, "femur")
+    assert target_registration_error_mm(found, true, targets("femur")).mean() < 0.25
+    assert checks["match"] > MIN_MATCH and checks["overlap"] > 0.9 and rows[0]["iterations"] > 0
     gone = rigid(np.eye(3), (0, 0, 0), (500, 0, 0))
-    assert half_bones(*pair, depths, "femur", gone, margin_mm=1.0, seed=0) == (99.0, [])
+    assert align_trabeculae(*fine, depth["femur"], gone, 0, rows, "femur")[1] == {"match": 0.0, "overlap": 0.0}
+
+
+def test_the_match_is_minus_the_correlation_of_what_is_seen():
+    a, b = np.random.default_rng(0).standard_normal((2, 2 * FEWEST))
+    b[::2] = np.nan
+    assert matched(a, -3 * a + 5) == pytest.approx(1.0)
+    assert matched(a, b) == pytest.approx(-np.corrcoef(a[1::2], b[1::2])[0, 1])
+    assert matched(a, np.full_like(a, 7.0)) == 0.0
+    assert matched(a[:FEWEST], b[:FEWEST]) == 0.0  # half as many as it takes are seen
 
 
 @pytest.mark.parametrize("recipe", [Recipe(steps=3), Recipe(edges=False, information=False, steps=3)])
@@ -289,14 +328,6 @@ def test_rotation_between_bones_is_the_flexion():
     a, b = rigid(turn((0.0, 1.0, 0.0), 20.0), (0, 0, 0), (1, 2, 3)), rigid(np.eye(3), (5, 5, 5), (0, 0, 0))
     assert flexion_deg(a, b) == pytest.approx(20.0)
     np.testing.assert_allclose(mapped(recentred(a, (9, 8, 7)), [[1, 2, 3]]), mapped(a, [[1, 2, 3]]))
-
-
-def test_mutual_information_of_a_copy_is_its_entropy_and_of_strangers_nearly_nothing():
-    rng = np.random.default_rng(0)
-    a, b = rng.uniform(size=(2, 200_000))
-    entropy = -0.98 * np.log(0.98 / 30) - 0.02 * np.log(0.01)  # 30 bins share 98 %, the end bins hold 1 % each
-    assert mutual_information(a, -a) == pytest.approx(entropy, abs=1e-3)  # 200000 samples in 32 bins
-    assert mutual_information(a, b) < 1.5 * 31**2 / (2 * len(a))  # the known bias of the estimate
 
 
 def test_isotropic_keeps_physical_coordinates():

@@ -5,4 +5,4 @@ from .baseline import ct_features, hu_regression
 from .checkpoints import load_model
 from .losses import TERMS, Lesson, distillation_loss
 from .training import Settings, augment_ct, estimate, predict
-from .views import feature_maps, read_curves
+from .views import feature_maps, read_curves, read_records

@@ -177,10 +177,11 @@ def _trained(
     teacher, role, ruler = None, "teacher" if arm == TEACHER else "student", arm in settings.ruled
     if _needs_teacher(recipes):
         teacher = load_model(folder / f"{TEACHER}_fold{fold.number}_seed{seed}")[0].requires_grad_(False)
-    trials = []
-    for number, recipe in enumerate(recipes):
-        progress = Progress(stem, f"{key}-{number}", SAVE_SECONDS)
-        trials.append(train(role, recipe, teacher, examples, fold, seed, settings, ruler, progress))
+    kept = [Progress(stem.with_name(f"{stem.name}_{n}"), f"{key}-{n}", SAVE_SECONDS) for n in range(len(recipes))]
+    trials = [
+        train(role, recipe, teacher, examples, fold, seed, settings, ruler, progress)
+        for recipe, progress in zip(recipes, kept, strict=True)
+    ]
     errors = [float(curves["validation_mse"].iloc[-1]) for _, curves in trials]
     best = int(np.argmin(errors))
     subjects = examples.table["subject_id"].to_numpy(str)
@@ -190,7 +191,8 @@ def _trained(
     record |= {"scale": fold.scale, "validation_mse": errors, "settings": settings.model_dump()}
     record |= {"protocol_sha256": settings.protocol_sha256, "packages": versions()}
     save_model(stem, *trials[best], record)
-    progress.done()
+    for progress in kept:
+        progress.done()
     return load_model(stem)
 
 

@@ -50,7 +50,7 @@ def load_model(stem: str | Path, expected: dict | None = None) -> tuple[nn.Modul
 
 
 class Progress:
-    """An unfinished training on disk, so that one that was stopped goes on where it was, to the same bits.
+    """A training on disk until its model is, so that one that was stopped goes on where it was, to the same bits.
 
     `<stem>.unfinished` holds tensors (torch.save, read back with weights_only) and is removed by `done`.
     """
@@ -72,9 +72,9 @@ class Progress:
         rng.bit_generator.state = json.loads(kept["rng"])
         return kept["curves"]
 
-    def keep(self, parts: dict, rng: np.random.Generator, curves: list) -> None:
-        """Save after an epoch, at most once in `seconds`; whole or not at all."""
-        if time.monotonic() - self.saved < self.seconds:
+    def keep(self, parts: dict, rng: np.random.Generator, curves: list, finished: bool) -> None:
+        """Save after an epoch, at most once in `seconds` and when finished; whole or not at all."""
+        if not finished and time.monotonic() - self.saved < self.seconds:
             return
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"key": self.key, "rng": json.dumps(rng.bit_generator.state), "curves": curves}

@@ -36,7 +36,7 @@ class Settings(BaseModel):
     learning_rate: float = Field(6e-3, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
     validation_share: float = Field(0.15, gt=0, lt=0.5)  # of the training fold's subjects
-    gammas: tuple[float, ...] = (0.1,)  # of ct_sma; of several the best on validation subjects is kept
+    gammas: tuple[float, ...] = (0.01, 0.1)  # of ct_sma; the best on validation subjects is kept, fold by fold
     plus: dict[str, float] = {"local_evidence": 0.3}  # recipe of ct_sma_plus
     ablations: dict[str, dict[str, float]] = {}  # further arms: name -> recipe
     ruled: tuple[str, ...] = ("ct_ruler", "ct_sma_plus", "ct_oracle")  # arms whose CT comes with its ruler
@@ -86,10 +86,11 @@ def fold_of(examples: Examples, splits: pd.DataFrame, number: int, seed: int, se
         raise InputFault(f"fold {number}", "has too few subjects to train, validate and test", "use fewer folds")
     parts = training[held_out:], training[:held_out], folds.index[folds == number].to_numpy(str)
     rows = [np.flatnonzero(np.isin(subjects, part)) for part in parts]
-    return Fold(number, *rows, _scale(examples, rows[0], number))
+    return Fold(number, *rows, scale_of(examples, rows[0], number))
 
 
-def _scale(examples: Examples, fit: ndarray, number: int) -> dict[str, list[float]]:
+def scale_of(examples: Examples, fit: ndarray, number: int) -> dict[str, list[float]]:
+    """`Fold.scale` of the fitting rows. InputFault, which names the fold's number: a biomarker all equal."""
     low, high = examples.targets[fit].min(0), examples.targets[fit].max(0)
     if flat := [name for name, width in zip(BIOMARKERS, high - low, strict=True) if not width > 0]:
         raise InputFault(f"fold {number}", f"has no variance of {', '.join(flat)}", "use more knees or fewer folds")
@@ -176,7 +177,7 @@ def train(
             losses += np.array([error.item(), taught.item()]) / n_batches
         curves.append([epoch, *losses.tolist(), _validation_mse(average.module, role, examples, fold, settings)])
         if progress:
-            progress.keep(parts, rng, curves)
+            progress.keep(parts, rng, curves, finished=epoch + 1 == settings.epochs)
     modules[0].load_state_dict(average.module.state_dict())
     return modules[0].eval(), pd.DataFrame(curves, columns=["epoch", "fit_mse", "fit_distillation", "validation_mse"])
 
@@ -191,7 +192,7 @@ def _networks(role: str, recipe: dict, settings: Settings, ruler: bool, generato
 
 def _losses(modules: nn.ModuleList, role: str, teacher, batch: dict, recipe: dict) -> tuple[Tensor, Tensor, Tensor]:
     model, x = modules[0], batch[role]
-    prediction, maps = model(x[:, : channels_of(model)])
+    prediction, maps = model(x)
     with torch.no_grad():
         taught = teacher(batch["teacher"]) if teacher is not None else (None, None)
     logits = modules[1](maps[0]) if len(modules) > 1 else None
@@ -209,11 +210,6 @@ def _spread_loss(model: nn.Module, maps: list[Tensor], x: Tensor, error: Tensor)
     return (0.5 * (error.square() * torch.exp(-log_variance) + log_variance)).mean()
 
 
-def channels_of(model: nn.Module) -> int:
-    """Channels that a network's first layer takes: 2, or 3 with the ruler."""
-    return next(module.in_channels for module in model.stem.modules() if hasattr(module, "in_channels"))
-
-
 def predict(model: nn.Module, role: str, examples: Examples, rows: ndarray, scale: dict, settings: Settings) -> ndarray:
     """Biomarkers (n, 4) in their own units for rows of `examples`, kept within the range of the fitting subjects."""
     return estimate(model, role, examples, rows, scale, settings)[0]
@@ -226,7 +222,7 @@ def estimate(
     values, spreads, low, width = [], [], np.array(scale["low"]), np.subtract(scale["high"], scale["low"])
     for part in np.array_split(rows, max(1, round(len(rows) / 64))):
         with torch.no_grad(), autocast(settings):
-            x = batch_of(examples, part, scale, settings.device)[role][:, : channels_of(model)]
+            x = batch_of(examples, part, scale, settings.device)[role]
             prediction, maps = model(x)
             values.append(prediction.double().cpu().numpy())
             if model.spread is not None:

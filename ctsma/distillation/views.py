@@ -1,5 +1,6 @@
 """What a notebook shows of trained models: their curves, and the feature maps of one patch."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from ctsma.patches import Patches
 
 from .arms import prepare
 from .checkpoints import load_model
-from .training import batch_of, channels_of
+from .training import batch_of
 
 
 def read_curves(folder: str | Path, arms: Sequence[str], seed: int) -> pd.DataFrame:
@@ -22,6 +23,11 @@ def read_curves(folder: str | Path, arms: Sequence[str], seed: int) -> pd.DataFr
             fold = int(file.stem.split("_fold")[1].split("_")[0])
             parts.append(pd.read_csv(file).assign(arm=arm, fold=fold))
     return pd.concat(parts, ignore_index=True)
+
+
+def read_records(folder: str | Path, arm: str) -> list[dict]:
+    """Records (fold, seed, recipe, validation_mse of every recipe tried, ...) of all models of an arm in a folder."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(folder).glob(f"{arm}_fold*.json"))]
 
 
 def feature_maps(
@@ -37,7 +43,7 @@ def feature_maps(
         model, record = load_model(Path(folder) / f"{arm}_fold{fold}_seed{seed}")
         batch = batch_of(examples, np.array([0]), record["scale"], record["settings"]["device"])
         with torch.no_grad():
-            x = batch[record["role"]][:, : channels_of(model)]
+            x = batch[record["role"]]
             maps[arm] = model(x)[1][0][0].float().cpu().numpy()
     channel = int(np.argmax(maps[arms[0]].std(axis=(1, 2, 3))))
     slices = {arm: values[channel, values.shape[1] // 2] for arm, values in maps.items()}

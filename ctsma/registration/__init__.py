@@ -13,7 +13,7 @@ import SimpleITK as sitk
 from ctsma.cohort import BONES, InputFault, read_knee_volume, write_json, write_volume
 
 from .masks import bone_masks, isotropic
-from .quality import bone_checks, flexion_deg, mapped, reason_to_flag, target_registration_error_mm
+from .quality import flexion_deg, mapped, reason_to_flag, target_registration_error_mm
 from .stages import Registration, register_knee, rigid, starting_transforms
 
 
@@ -21,8 +21,8 @@ def register_pair(knee: dict, folder: Path, *, root: str | Path, seed: int) -> d
     """Register the MR of a manifest row, and its rescan where it has one, with its CT (for `map_knees`).
 
     Writes `<knee>_mask.nii.gz` and what `write_registration` writes, the rescan under `<knee>_rescan`.
-    Returns a flat row: flagged, flexion_deg, cpu_seconds, `rescan_...` alike, and for each bone mi, peak, off_mm,
-    contrast, overlap (see `bone_checks`).
+    Returns a flat row: flagged, flexion_deg, cpu_seconds, `rescan_...` alike, and for each bone match and overlap (see
+    `reason_to_flag`).
     """
     tic = time.process_time()
     ct = read_knee_volume(knee, "ct", root)

@@ -1,7 +1,8 @@
-"""Rigid registration of one knee, stage by stage: centre and orientation, whole knee, each bone apart.
+"""Rigid registration of one knee, stage by stage: centre and orientation, whole knee, each bone, its trabeculae.
 
 Fixed is the CT, moving the MR, so every transform maps CT points to MR points (LPS mm). The metric is mutual
-information at every stage; ITK optimises on one thread with an integer seed: the same numbers every run.
+information, at last the correlation of the trabeculae; ITK optimises on one thread with an integer seed: the same
+numbers every run.
 """
 
 import time
@@ -17,7 +18,8 @@ import SimpleITK as sitk
 from ctsma.cohort import BONES, InputFault
 
 from .masks import isotropic
-from .quality import MAX_DRIFT_MM, axes_of, bone_checks, carried, flexion_deg, reason_to_flag, sampled
+from .quality import carried, flexion_deg, reason_to_flag, sampled
+from .trabeculae import DEEP_MM, best_shift, interior, matched, trabeculae
 
 START_VOXELS = 5000  # CT voxels of the exhaustive start: 4 mm on a 60 mm box, 6 mm on a knee (our choice)
 START_GRID = 32  # edge of its Fourier grid: any shift up to half of it is tried
@@ -43,28 +45,23 @@ class Level(NamedTuple):
 
 
 WHOLE_KNEE = (Level(4.0, 3.0), Level(2.0, 1.5))
-# Levels were tuned on simulated knees: a bone at 4 mm, or sampled at 1 mm, ended in a false maximum on one of them;
-# leaving out cartilage beyond 1 mm at the last level took the worst of six femurs from 0.36 to 0.22 mm
-PER_BONE = (Level(2.0, 1.5, 0, 6.0), Level(1.0, 0.6), Level(0.5, 0.2, 60_000, 1.0))
-HALF = PER_BONE[-1]._replace(samples=20_000)  # a half holds fewer (our choice)
-MIN_BEARING, LOST_MM = 100, 99.0  # voxels of 1 mm below which nothing is known, and what is said then (our choice)
-BEARING_MM = 20.0  # subchondral bone: this near to the other bone, cartilage and joint space included (our choice)
+PER_BONE = (Level(2.0, 1.5, 0, 6.0), Level(1.0, 0.6))  # a bone at 4 mm ended in a false maximum on a simulated knee
+TRABECULAE = Level(0.5, 0.2, 60_000, -DEEP_MM)
 
 
 @dataclass
 class Registration:
     """What registration of one knee found; all transforms map CT points to MR points in LPS mm.
 
-    `transforms` {bone: Euler3DTransform}; `stages` one row per stage, bone and level (metric in nats, iterations,
-    stop reason, CPU seconds); `stage_transforms` {stage: {bone: transform}}; `checks` {bone: {check: value}};
-    `quality` {bone: peak of the metric}; `flagged` "" or the reason why the knee must not be used.
+    `transforms` {bone: Euler3DTransform}; `stages` one row per stage, bone and level (metric, iterations, stop reason,
+    CPU seconds); `stage_transforms` {stage: {bone: transform}}; `checks` {bone: {check: value}}; `flagged` "" or the
+    reason why the knee must not be used.
     """
 
     transforms: dict[str, sitk.Euler3DTransform]
     stages: list[dict]
     stage_transforms: dict[str, dict[str, sitk.Euler3DTransform]]
     checks: dict[str, dict[str, float]]
-    quality: dict[str, float]
     flexion_deg: float
     flagged: str
 
@@ -101,85 +98,46 @@ def register_knee(ct: sitk.Image, mr: sitk.Image, masks: sitk.Image, *, seed: in
     for bone in [b for b, value in BONES.items() if not (sitk.GetArrayViewFromImage(masks) == value).any()]:
         raise InputFault("masks", f"hold no {bone}", "give labels of both bones on the CT grid")
     pyramid = {s: (isotropic(ct, s), isotropic(mr, s)) for s in {v.spacing_mm for v in WHOLE_KNEE + PER_BONE}}
-    depths = bone_depths_mm(masks)
-    # within 1 mm of a bone, slices of 3 mm show too little of the joint: 1.7 mm off on one of two such knees
-    last = PER_BONE[-1]._replace(margin_mm=max(PER_BONE[-1].margin_mm, *mr.GetSpacing()))
-    tic = time.process_time()
+    fine = tuple(trabeculae(isotropic(image, TRABECULAE.spacing_mm)) for image in (ct, mr))
+    depths, tic = bone_depths_mm(masks), time.process_time()
     starts = starting_transforms(ct, mr)
     rows = [_row("centre", "", 0.0, starts[0][0], len(starts), "exhaustive", time.process_time() - tic)]
     whole = descend([t for _, t in starts[:START_KEPT]], pyramid, WHOLE_KNEE, None, seed, rows, "whole_knee")
     hinged = [_hinged(whole, np.mean([_middle(d) for d in depths.values()], 0), angle) for angle in HINGE_DEG]
-    found = {
-        b: descend(hinged, pyramid, [*PER_BONE[:-1], last], d, seed, rows, "per_bone", b) for b, d in depths.items()
-    }
-    checks = {}
-    for bone in BONES:
-        found[bone], drift_mm = _second_look(found[bone], pyramid, depths, bone, last, seed, rows)
-        checks[bone] = bone_checks(*pyramid[1.0], depths[bone], found[bone]) | {"drift_mm": drift_mm}
+    apart = {b: descend(hinged, pyramid, PER_BONE, d, seed, rows, "per_bone", b) for b, d in depths.items()}
+    found, checks = {}, {}
+    for bone, depth in depths.items():
+        found[bone], checks[bone] = align_trabeculae(*fine, depth, apart[bone], seed, rows, bone)
     stages = {
         "centre": dict.fromkeys(BONES, starts[0][1]),
         "whole_knee": dict.fromkeys(BONES, whole),
-        "per_bone": found,
+        "per_bone": apart,
+        "trabeculae": found,
     }
-    quality, bent_deg = {bone: checks[bone]["peak"] for bone in BONES}, flexion_deg(*found.values())
-    return Registration(found, rows, stages, checks, quality, bent_deg, reason_to_flag(checks, bent_deg))
+    bent_deg = flexion_deg(*found.values())
+    return Registration(found, rows, stages, checks, bent_deg, reason_to_flag(checks, bent_deg))
 
 
-def _second_look(found, pyramid, depths_mm, bone, last, seed, rows) -> tuple[sitk.Euler3DTransform, float]:
-    """Transform and drift; where the halves of a bone drift away, the whole bone starts again from where they went."""
-    known = *pyramid[last.spacing_mm], depths_mm, bone
-    drift_mm, ends = half_bones(*known, found, margin_mm=last.margin_mm, seed=seed)
-    if drift_mm <= MAX_DRIFT_MM:
-        return found, drift_mm
-    again = descend([found, *ends], pyramid, [last], depths_mm[bone], seed, rows, "second_look", bone)
-    return again, half_bones(*known, again, margin_mm=last.margin_mm, seed=seed)[0]
-
-
-def half_bones(
+def align_trabeculae(
     fixed: sitk.Image,
     moving: sitk.Image,
-    depths_mm: dict[str, sitk.Image],
-    bone: str,
-    transform: sitk.Euler3DTransform,
-    *,
-    margin_mm: float,
+    depth_mm: sitk.Image,
+    start: sitk.Euler3DTransform,
     seed: int,
-) -> tuple[float, list[sitk.Euler3DTransform]]:
-    """How far subchondral bone moves, in mm, when the bone's left or its right half is aligned alone from `transform`.
+    rows: list[dict],
+    bone: str,
+) -> tuple[sitk.Euler3DTransform, dict[str, float]]:
+    """Transform of one bone from a start within some 2 mm, and its checks there (see `reason_to_flag`).
 
-    An aligned bone stays within the scatter of half its voxels. One that rests on a false maximum, or that a part of
-    the bone outvotes, moves: the halves disagree. No truth is needed (our idea).
-
-    Parameters
-    ----------
-    fixed, moving : CT and MR, isotropic, about 0.5 mm; depths_mm : {bone: signed distance to its surface, inside
-        positive}; transform : CT points to MR points; margin_mm : of the mask; seed : of the metric's samples.
-
-    Returns
-    -------
-    The larger of the two halves' mean displacements, `LOST_MM` where a half is not in view or not to be aligned; and
-    the halves' own transforms.
+    `fixed`, `moving` of `trabeculae`; `depth_mm` signed distance to the bone's surface; `rows` gets a log line.
     """
-    depth, other = (sitk.GetArrayFromImage(depths_mm[b]) for b in (bone, *(BONES.keys() - {bone})))
-    grid, axis = depths_mm[bone], int(np.argmax(np.abs(depths_mm[bone].GetDirection()[:3])))  # runs left to right
-    index = np.argwhere(depth > 0)
-    points = np.array(grid.GetOrigin()) + index[:, ::-1] @ axes_of(grid).T
-    seen = np.isfinite(sampled(moving, carried(transform, points)))
-    bearing = points[seen & (other[tuple(index.T)] > -BEARING_MM)]
-    if len(bearing) < MIN_BEARING:
-        return LOST_MM, []
-    across, moves = np.arange(grid.GetSize()[axis]) > np.median(index[seen, 2 - axis]), []
-    ends = []
-    for side in (across, ~across):
-        half = np.where(np.expand_dims(side, [a for a in range(3) if a != 2 - axis]), depth, OUTSIDE)
-        half = sitk.GetImageFromArray(half.astype(np.float32))
-        half.CopyInformation(grid)
-        region, mask = _masked(fixed, half, margin_mm)
-        end, metric, *_ = _optimised(region, moving, mask, transform, HALF, seed)
-        moved = np.linalg.norm(carried(end, bearing) - carried(transform, bearing), axis=1)
-        moves.append(float(moved.mean()) if metric else LOST_MM)
-        ends.append(end)
-    return max(moves), ends
+    tic, (points, grey) = time.process_time(), interior(fixed, depth_mm, seed)
+    nearer = best_shift(points, grey, moving, start)
+    region, mask = _masked(fixed, depth_mm, TRABECULAE.margin_mm)
+    end, *log, _ = _optimised(region, moving, mask, nearer, TRABECULAE, seed, trabecular=True)
+    rows.append(_row("trabeculae", bone, TRABECULAE.spacing_mm, *log, time.process_time() - tic))
+    seen = sampled(moving, carried(end, points))
+    return end, {"match": matched(grey, seen), "overlap": float(np.isfinite(seen).mean())}
 
 
 def starting_transforms(ct: sitk.Image, mr: sitk.Image) -> list[tuple[float, sitk.Euler3DTransform]]:
@@ -263,10 +221,13 @@ def descend(
     return end
 
 
-def _optimised(fixed, moving, mask, start, level, seed) -> tuple:
-    """(transform, metric in nats, iterations, stop reason, CPU seconds)."""
+def _optimised(fixed, moving, mask, start, level, seed, trabecular=False) -> tuple:
+    """(transform, metric, iterations, stop reason, CPU seconds); metric in nats, of trabeculae the squared match."""
     tic, method = time.process_time(), sitk.ImageRegistrationMethod()
-    method.SetMetricAsMattesMutualInformation(BINS)
+    if trabecular:
+        method.SetMetricAsCorrelation()
+    else:
+        method.SetMetricAsMattesMutualInformation(BINS)
     if level.samples and mask is not None:
         method.SetMetricSamplingStrategy(method.RANDOM)
         share = min(1.0, level.samples / sitk.GetArrayViewFromImage(mask).sum())
