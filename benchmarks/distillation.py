@@ -33,10 +33,14 @@ from ctsma.simulation import knees as scans
 from ctsma.simulation.subject import make_subject
 
 SEED, FIRST, LAST = 2000, 137, 880  # of the knees; the first 137 chose settings
-SIZES, N_TEST, N_TOLD = (10, 20, 40), 200, 240
+SIZES, N_TEST, N_TOLD = (10, 20, 40, 80), 200, 240
 ORACLE_EPOCHS = 16  # 9 times the steps of the study's arms
 SHIFT_VOXELS = (3, 9, 9)  # slices, rows, columns of the MR: 2.25, 2 and 2 mm
-LOSSES = {"feature_l1": {"feature_l1": 0.1}, "local_evidence": {"local_evidence": 0.3}}
+LOSSES = {
+    "feature_l1": {"feature_l1": 0.1},
+    "feature_l1, gamma 0.01": {"feature_l1": 0.01},
+    "local_evidence": {"local_evidence": 0.3},
+}
 OUT = Path(__file__).parents[1] / "docs" / "results" / "distillation_evidence.json"
 
 
