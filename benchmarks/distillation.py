@@ -10,7 +10,10 @@ used to choose settings and are left out. Writes docs/results/distillation_evide
 - `knowledge`: ridge on HU statistics that is also told what no CT shows: where the error comes from;
 - `learning`: gain of the teacher over the student alone by number of paired knees, on other knees (`curve`); the same
   with a teacher that sees another patch, was never trained, or sees MR shifted by 2 mm (`controls`); the gain in
-  thirds of the test knees (`by_kernel`, `by_noise`).
+  thirds of the test knees (`by_kernel`, `by_noise`);
+- `terms`: every term of the loss, the ruler, a committee of teachers and CT-only knees, one at a time at 80 knees;
+- `frequency`: the run's own networks on its test patches, their CT blurred more and more: in which details of the CT
+  lies what an arm knows?
 """
 
 import argparse
@@ -25,6 +28,8 @@ import numpy as np
 import pandas as pd
 import torch
 from calibration import scanned
+from scipy import ndimage
+from torch import nn
 
 from ctsma import agreement, cohort, distillation, networks, patches, simulation
 from ctsma.cohort import BIOMARKERS
@@ -41,6 +46,10 @@ LOSSES = {
     "feature_l1, gamma 0.01": {"feature_l1": 0.01},
     "local_evidence": {"local_evidence": 0.3},
 }
+WEIGHTS = {"feature_correlation": 0.1, "attention": 1.0, "relation": 0.1, "prediction": 1.0, "detail": 0.1}  # untuned
+N_UNPAIRED = 160  # CT-only knees beside the 80 paired ones
+PARTS = ("oracle", "knowledge", "learning", "terms", "frequency")
+BLUR_MM = (0.0, 0.25, 0.5, 1.0, 2.0)  # SD in plane
 OUT = Path(__file__).parents[1] / "docs" / "results" / "distillation_evidence.json"
 
 
@@ -84,6 +93,91 @@ def at_size(examples: Examples, knees: np.ndarray, test: np.ndarray, size: int, 
             ("another patch's MR", "untrained teacher", "MR shifted by 2 mm"), LOSSES["feature_l1"]
         )
     return students(examples, fold, recipes, teachers, {}, seeds, settings.epochs)
+
+
+class Committee(nn.Module):
+    """Teachers that speak with one voice: mean prediction, mean evidence in place of the last map."""
+
+    def __init__(self, teachers: list[nn.Module]) -> None:
+        super().__init__()
+        self.teachers = nn.ModuleList(teachers)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(B, 2, ...) MR -> prediction (B, 4), [evidence (B, 4, ...)]."""
+        said = [teacher(x) for teacher in self.teachers]
+        read = [t.evidence(maps[-1]) for t, (_, maps) in zip(self.teachers, said, strict=True)]
+        return torch.stack([prediction for prediction, _ in said]).mean(0), [torch.stack(read).mean(0)]
+
+    def evidence(self, features: torch.Tensor) -> torch.Tensor:
+        """The last map is the evidence already."""
+        return features
+
+
+def terms(folder: Path, ids: np.ndarray, seeds: list[int], n_jobs: int) -> dict:
+    """Gain over the student alone of every term of the loss and of what else may help, at 80 paired knees."""
+    own, more = ids[: SIZES[-1]], ids[SIZES[-1] : SIZES[-1] + N_UNPAIRED]
+    examples = distillation.prepare(patches.load_patches(folder), detail=True)
+    knees, settings = examples.table["knee_id"].to_numpy(str), distillation.Settings()
+    fit, unpaired, test = (np.flatnonzero(np.isin(knees, group)) for group in (own, more, ids[-N_TEST:]))
+    fold = fold_over(examples, fit, test)
+
+    def each_seed(role: str, recipe: dict, teachers=(), seen=examples, where=fold, how=settings, ruler=False) -> list:
+        options = [(recipe, teachers[s] if teachers else None, seen, where, s, how, ruler) for s in seeds]
+        return joblib.Parallel(n_jobs)(joblib.delayed(one_thread)(role, *option) for option in options)
+
+    def read(models: list, rows: np.ndarray) -> np.ndarray:
+        return np.mean([distillation.predict(m, "student", examples, rows, fold.scale, settings) for m in models], 0)
+
+    teachers = [teacher.requires_grad_(False) for teacher in each_seed("teacher", {})]
+    alone, committee = each_seed("student", {}), [Committee(teachers).eval()] * len(seeds)
+    guessed = examples.targets.copy()
+    guessed[unpaired] = read(alone, unpaired)  # their MR is not looked at
+    wider = replace(fold, fit=np.concatenate([fit, unpaired]))
+    shorter = distillation.Settings(epochs=max(1, round(settings.epochs * len(fit) / len(wider.fit))))  # equal steps
+    tried = {name: {"recipe": {name: weight}, "teachers": teachers} for name, weight in WEIGHTS.items()}
+    tried["prediction, committee"] = {"recipe": {"prediction": WEIGHTS["prediction"]}, "teachers": committee}
+    tried["local_evidence, committee"] = {"recipe": LOSSES["local_evidence"], "teachers": committee}
+    tried["no augmentation"] = {"recipe": {}, "how": distillation.Settings(augment=False)}
+    tried["ruler"] = {"recipe": {}, "ruler": True}
+    tried["ruler, local_evidence"] = {"recipe": LOSSES["local_evidence"], "teachers": teachers, "ruler": True}
+    tried["CT-only knees"] = {"recipe": {}, "seen": replace(examples, targets=guessed), "where": wider, "how": shorter}
+    found, baseline = {}, read(alone, test)
+    for name, options in tried.items():
+        found[name] = gain(examples, test, read(each_seed("student", **options), test), baseline)
+        print(name, found[name], flush=True)
+    about = {"n_knees": len(own), "n_unpaired": len(more), "training_seeds": len(seeds)}
+    return about | {"weights": WEIGHTS | LOSSES["local_evidence"], "gain": found}
+
+
+def one_thread(*options) -> nn.Module:
+    """`train` in a process of one thread; the network alone."""
+    torch.set_num_threads(1)
+    return train(*options)[0]
+
+
+def frequency(run: Path) -> dict:
+    """Mean ICC of a run's CT arms on its test patches when the CT is blurred, and the gains there."""
+    data = patches.load_patches(run / "patches")
+    examples, folder = distillation.prepare(data, detail=False), run / "models"
+    subjects, found = data.table["subject_id"].to_numpy(str), {}
+    arms = ("ct_only", "ct_sma", "ct_ruler", "ct_sma_plus")
+    for blur_mm in BLUR_MM:
+        sigma = (0, 0, *[blur_mm / s for s in patches.CT_SPACING_MM[1:]])
+        blurred = replace(examples, ct=ndimage.gaussian_filter(examples.ct, sigma, mode="nearest"))
+        guesses = {arm: np.zeros_like(examples.targets) for arm in arms}
+        for arm in arms:
+            records = distillation.read_records(folder, arm)
+            for record in records:
+                model, _ = distillation.load_model(folder / f"{arm}_fold{record['fold']}_seed{record['seed']}")
+                own = np.flatnonzero(np.isin(subjects, record["subjects"]["test"]))
+                settings = distillation.Settings(**record["settings"])
+                part = distillation.predict(model, "student", blurred, own, record["scale"], settings)
+                guesses[arm][own] += part / len({r["seed"] for r in records})
+        every = np.arange(len(subjects))
+        pairs = {"ct_sma - ct_only": ("ct_sma", "ct_only"), "ct_ruler - ct_only": ("ct_ruler", "ct_only")}
+        pairs |= {"ct_sma_plus - ct_ruler": ("ct_sma_plus", "ct_ruler")}
+        found[str(blur_mm)] = {n: gain(examples, every, guesses[a], guesses[b]) for n, (a, b) in pairs.items()}
+    return found
 
 
 def gain(examples: Examples, rows: np.ndarray, a: np.ndarray, b: np.ndarray) -> dict:
@@ -170,7 +264,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="of the scanned knees, kept")
     parser.add_argument("--seeds", type=int, default=1, help="networks whose estimates are averaged")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--only", choices=["oracle", "knowledge", "learning"], help="one part; the others are kept")
+    parser.add_argument(
+        "--only",
+        choices=["oracle", "knowledge", "learning", "terms", "frequency"],
+        help="one part; the others are kept",
+    )
     given = parser.parse_args()
     everyone = simulation.draw_subjects(simulation.load_protocol(), LAST, SEED)
     options = {"seed": SEED, "per": 4, "truths": 0, "rescans": 0, "protocol": None}
@@ -181,6 +279,8 @@ def main() -> None:
         "oracle": partial(oracle, examples, given.run, seeds),
         "knowledge": partial(knowledge, examples, everyone, ids[:N_TOLD]),
         "learning": partial(learning, examples, ids, seeds, given.jobs),
+        "terms": partial(terms, given.folder, ids, seeds, given.jobs),
+        "frequency": partial(frequency, given.run),
     }
     for name in [given.only] if given.only else parts:
         found = parts[name]()

@@ -115,6 +115,27 @@ def test_gamma_zero_is_ct_only(patches, tmp_path):
     np.testing.assert_array_equal(alone, taught)
 
 
+def test_of_several_gammas_the_least_validation_error_is_kept_and_a_finished_trial_not_repeated(
+    patches, tmp_path, monkeypatch
+):
+    settings = TINY | {"gammas": (0.0, 50.0), "epochs": 2}
+
+    def stopped(role, recipe, *rest):
+        if recipe.get("feature_l1") == 50.0:
+            raise KeyboardInterrupt
+        return train(role, recipe, *rest)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("ctsma.distillation.arms.train", stopped)
+        cross_validate(patches, splits_of(patches), ["ct_sma"], settings, [0], tmp_path)
+    assert len(list(tmp_path.glob("ct_sma_fold0_seed0_0.unfinished"))) == 1  # the first gamma's network is kept
+    cross_validate(patches, splits_of(patches), ["ct_sma"], settings, [0], tmp_path)
+    for record in distillation.read_records(tmp_path, "ct_sma"):
+        kept = settings["gammas"][int(np.argmin(record["validation_mse"]))]
+        assert len(record["validation_mse"]) == 2 and record["recipe"] == {"feature_l1": kept}
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
 def test_every_patch_is_predicted_once_an_arm_in_its_own_units(trained, patches):
     _, found = trained
     assert list(found["arm"].unique()) == ARMS
