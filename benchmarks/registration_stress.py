@@ -24,9 +24,10 @@ from ctsma.registration.stages import centre_of, rigid
 
 SHIFT_MM, TURN_DEG, FLEXION_DEG, SEED = 40.0, 30.0, 20.0, 7400
 SNR, SLICES_AVERAGED, CUT_MM = 6.0, 4, (15.0, 30.0)  # 4 slices of 0.75 mm are 3 mm thick
+SOFT_MM = 1.0  # SD of the blur that makes a CT soft, beside its own kernel of 0.6 to 1.3 mm FWHM
 METAL_HU, SCREW_MM, STREAK_HU, VOID_MM = 3000.0, (4.5, 12.0), 400.0, 12.0  # radius, half length; around it (our choice)
 FACES = {"head": (2, 1), "foot": (2, -1), "front": (1, -1), "back": (1, 1)}  # axis in LPS, side
-CONDITIONS = ("pose", "noise", "thick", "partial", "metal", "all")
+CONDITIONS = ("pose", "noise", "thick", "partial", "metal", "all", "soft")
 OUT = Path(__file__).parents[1] / "docs" / "results" / "registration_stress.json"
 
 
@@ -108,7 +109,9 @@ def _points(image: sitk.Image) -> np.ndarray:
 
 
 def spoiled(condition: str, ct: sitk.Image, mr: sitk.Image, masks: sitk.Image, true: dict, rng) -> tuple:
-    """(CT, MR) under a condition; `all` is noise, thick slices and a cut field together."""
+    """(CT, MR) under a condition; `all` is noise, thick slices and a cut field together, `soft` a blurred CT."""
+    if condition == "soft":
+        ct = sitk.SmoothingRecursiveGaussian(sitk.Cast(ct, sitk.sitkFloat32), SOFT_MM)
     if condition == "metal":
         ct, mr = metal(ct, mr, masks, true, rng)
     if condition in ("noise", "all"):
