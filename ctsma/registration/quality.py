@@ -6,6 +6,7 @@ from scipy import ndimage
 
 MIN_MATCH = 0.1  # simulated: 0.19 and more aligned even with noise and thick slices, another knee's MR up to 0.07
 MIN_OVERLAP = 0.1  # of a bone: only names the reason, as a match over so little is rarely had (our choice)
+MAX_SLICE_MM = 1.5  # of the MR: such slices align, but a trabecula of 0.2 mm leaves no trace in them (our choice)
 MAX_FLEXION_DEG = 25.0  # a knee bends 0-15 degrees differently between scanners (our choice)
 
 
@@ -31,11 +32,14 @@ def flexion_deg(femur: sitk.Euler3DTransform, tibia: sitk.Euler3DTransform) -> f
     return float(np.rad2deg(np.arccos(np.clip((np.trace(between) - 1) / 2, -1, 1))))
 
 
-def reason_to_flag(checks: dict[str, dict[str, float]], bent_deg: float) -> str:
+def reason_to_flag(checks: dict[str, dict[str, float]], bent_deg: float, slice_mm: float = 0.0) -> str:
     """One sentence why a knee must not be used, or "" (the limits are this module's constants).
 
-    `checks` {bone: {match: of its trabeculae, see `trabeculae.matched`; overlap: part of it inside the MR}}.
+    `checks` {bone: {match: of its trabeculae, see `trabeculae.matched`; overlap: part of it inside the MR}};
+    `slice_mm` spacing of the MR's slices.
     """
+    if slice_mm > MAX_SLICE_MM:
+        return f"the MR has slices every {slice_mm:.1f} mm, too thick to measure trabeculae: at most {MAX_SLICE_MM} mm"
     for bone, c in checks.items():
         if c["overlap"] < MIN_OVERLAP:
             return f"the MR covers only {c['overlap']:.0%} of the CT's {bone}"

@@ -115,7 +115,7 @@ def register_knee(ct: sitk.Image, mr: sitk.Image, masks: sitk.Image, *, seed: in
         "trabeculae": found,
     }
     bent_deg = flexion_deg(*found.values())
-    return Registration(found, rows, stages, checks, bent_deg, reason_to_flag(checks, bent_deg))
+    return Registration(found, rows, stages, checks, bent_deg, reason_to_flag(checks, bent_deg, max(mr.GetSpacing())))
 
 
 def align_trabeculae(
