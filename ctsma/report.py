@@ -24,6 +24,7 @@ ARMS = {
 }
 GAINS = ("ct_sma", "ct_only"), ("ct_ruler", "ct_only"), ("ct_sma_plus", "ct_ruler")
 GAINS += ("ct_sma_plus", "ct_only"), ("ct_sma_plus", "hu_regression")
+MEASURES = *BIOMARKERS, "mean"
 LABELS = {"bv_tv": "BV/TV", "tb_th_mm": "Tb.Th", "tb_sp_mm": "Tb.Sp", "tb_n_per_mm": "Tb.N"}
 STYLE = """
 body{max-width:62rem;margin:2rem auto;padding:0 1rem;font:16px/1.55 system-ui,sans-serif;color:#222}
@@ -51,16 +52,38 @@ def write_report(path: str | Path) -> Path:
 
 
 def results_table(results: str | Path) -> str:
-    """Markdown table paper / ours (simulated) with 95 % intervals, from the results files of a run's folder."""
+    """Markdown tables from the results files of a run's folder, with 95 % intervals, published values first.
+
+    Agreement and diagnosis by arm; gains of one arm over another; registration error by bone.
+    """
     agreement, diagnosis = (_read(results, stage) for stage in ("agreement", "diagnosis"))
-    lines = ["| quantity | paper | ours (simulated) |", "| --- | --- | --- |"]
-    for arm in [arm for arm in ARMS if arm in agreement["icc"]]:
-        lines += _icc_lines(arm, agreement["icc"][arm])
-    lines += [_gain_line(*pair, agreement["gain"]) for pair in GAINS if "_vs_".join(pair) in agreement["gain"]]
-    for arm in [arm for arm in ARMS if arm in diagnosis["auc"]]:
-        published = PAPER["auc"].get(arm, "")
-        lines.append(f"| AUC for OA, {ARMS[arm]} | {published} | {_interval(diagnosis['auc'][arm], 'auc')} |")
-    return "\n".join(lines) + "\n"
+    columns = [*(f"ICC {LABELS[name]}" for name in BIOMARKERS), "ICC mean", "AUC for OA"]
+    lines = _rows([["", *columns], ["---"] * (len(columns) + 1)])
+    for arm in [arm for arm in ARMS if arm in PAPER["icc"] or arm in PAPER["auc"]]:
+        known = PAPER["icc"].get(arm, {})
+        lines += _rows([[f"*paper: {ARMS[arm]}*", *(known.get(n, "") for n in MEASURES), PAPER["auc"].get(arm, "")]])
+    for arm in [arm for arm in ARMS if arm in agreement["icc"] or arm in diagnosis["auc"]]:
+        known, auc = agreement["icc"].get(arm, {}), diagnosis["auc"].get(arm)
+        cells = [_interval(known[name], "icc") if name in known else "" for name in MEASURES]
+        lines += _rows([[ARMS[arm], *cells, _interval(auc, "auc") if auc else ""]])
+    gains = [pair for pair in GAINS if "_vs_".join(pair) in agreement["gain"]]
+    lines += ["", "| gain in mean ICC | ours |", "| --- | --- |"]
+    for arm, other in gains:
+        gain = _interval(agreement["gain"][f"{arm}_vs_{other}"], "difference")
+        lines += _rows([[f"{ARMS[arm]}, over {ARMS[other]}", gain]])
+    return "\n".join(lines + _registration(_read(results, "registration"))) + "\n"
+
+
+def _registration(found: dict) -> list[str]:
+    if not found["tre_mm"]:
+        return []
+    heads = ["registration error (mm)", "median", "95th percentile", "largest"]
+    rows = [[bone, *(f"{e[name]:.3f}" for name in ("median", "p95", "max"))] for bone, e in found["tre_mm"].items()]
+    return ["", *_rows([heads, ["---"] * 4, *rows])]
+
+
+def _rows(rows: list[list]) -> list[str]:
+    return ["| " + " | ".join(map(str, row)) + " |" for row in rows]
 
 
 def difficulty_table(results: str | Path) -> str:
@@ -91,22 +114,6 @@ def origin(results: str | Path) -> str:
     cohort = _read(results, "cohort")
     keys = f"protocol {cohort['protocol_sha256'][:12]}, seed {cohort['seed']}, commit {cohort['git_commit'][:12]}"
     return f"Profile `{cohort['profile']}`, {cohort['n_knees']} knees, {keys}."
-
-
-def _icc_lines(arm: str, values: dict) -> list[str]:
-    published = PAPER["icc"].get(arm, {})
-    rows = [(f"ICC {LABELS[name]}", published.get(name, ""), values[name]) for name in BIOMARKERS if name in values]
-    lines = [f"| {label}, {ARMS[arm]} | {number} | {_interval(value, 'icc')} |" for label, number, value in rows]
-    mean = values["mean"]
-    shown = _interval(mean, "icc") if isinstance(mean, dict) else f"{mean:.3f}"
-    return [*lines, f"| ICC mean, {ARMS[arm]} | {published.get('mean', '')} | {shown} |"]
-
-
-def _gain_line(arm: str, other: str, gains: dict) -> str:
-    published = PAPER["icc"].get(arm, {}).get("mean"), PAPER["icc"].get(other, {}).get("mean")
-    shown = "" if None in published else f"{published[0] - published[1]:.3f}"
-    gain = _interval(gains[f"{arm}_vs_{other}"], "difference")
-    return f"| gain in mean ICC, {ARMS[arm]} over {ARMS[other]} | {shown} | {gain} |"
 
 
 def _interval(value: dict, name: str) -> str:
@@ -142,8 +149,13 @@ def _index(path: Path) -> str:
 
 
 def _html_table(markdown: str) -> str:
-    rows = [line.strip("| ").split(" | ") for line in markdown.splitlines() if "---" not in line]
-    cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    """Tables in Markdown, parted by empty lines, as HTML."""
+    return "".join(_one_table(part.splitlines()) for part in markdown.strip().split("\n\n"))
+
+
+def _one_table(lines: list[str]) -> str:
+    rows = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in lines if "---" not in line]
+    cells = ["".join(f"<td>{html.escape(cell.strip('*'))}</td>" for cell in row) for row in rows]
     return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
 
 

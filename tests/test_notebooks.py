@@ -123,8 +123,12 @@ def test_the_results_table_comes_from_the_results_files(tiny, tmp_path):
     readme.write_text("before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n")
     report.update_readme(readme, tiny / "results")
     text = readme.read_text()
-    auc = results(tiny, "diagnosis")["auc"]["ct_sma"]["auc"]
-    assert f"| AUC for OA, CT network, distilled (CT-SMA) | 0.883 | {auc:.3f} (" in text
+    icc, auc = results(tiny, "agreement")["icc"]["ct_sma"], results(tiny, "diagnosis")["auc"]["ct_sma"]["auc"]
+    row = next(line for line in text.splitlines() if line.startswith("| CT network, distilled (CT-SMA)"))
+    assert len(row.split(" | ")) == 7
+    assert f" | {icc['bv_tv']['icc']:.3f} (" in row and f" | {auc:.3f} (" in row
+    assert "| *paper: CT network, distilled (CT-SMA)* | 0.804 | 0.773 | 0.711 | 0.622 | 0.742 | 0.883 |" in text
+    assert f"| femur | {results(tiny, 'registration')['tre_mm']['femur']['median']:.3f} |" in text
     assert "old" not in text
     assert text.startswith("before")
     assert text.endswith("after\n")
