@@ -25,7 +25,7 @@ from ctsma.registration.stages import TRABECULAE, align_trabeculae, bone_depths_
 from ctsma.registration.synthesis import SLICE_MM, Recipe, ct_beside_mr, grey_slices, learn_synthesis, synthetic_ct
 from ctsma.registration.trabeculae import trabeculae
 
-STEPS = 800  # two minutes on one core
+STEPS = 200  # half a minute on one core
 RECIPES = {
     "cyclegan": Recipe(steps=STEPS),
     "cyclegan_no_edges": Recipe(edges=False, steps=STEPS),
