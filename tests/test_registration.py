@@ -345,13 +345,15 @@ def test_the_published_study_of_the_flag_is_of_the_frozen_protocol_and_rises_wit
     shares = [part["flagged"] for part in found["by_error"]]
     assert shares == sorted(shares)
     assert shares[0] <= 0.05 and shares[-1] >= 0.95  # aligned knees pass, those off by 5 mm do not
-    areas = found["auc_of_error_above_1_mm"]  # contrast tells a wrong image, not a wrong place: 0.67 (0.45 to 0.89)
-    assert all(areas[name]["ci_low"] > 0.5 for name in ("drift_mm", "off_mm", "peak", "mi"))
+    areas = found["auc_of_error_above_1_mm"]
+    assert areas["match"]["ci_low"] > 0.95 and areas["match"]["auc"] > areas["mi"]["auc"]
     assert found["flag"]["sensitivity"] == 1.0 and found["flag"]["false_alarms"] < 0.1
 
 
-def test_of_the_published_stress_set_every_knee_off_by_1_mm_is_flagged():
+def test_of_the_published_stress_set_99_of_100_starts_are_aligned_and_what_is_not_is_flagged():
     found = json.loads((Path(__file__).parents[1] / "docs" / "results" / "registration_stress.json").read_text())
     assert found["protocol_sha256"] == protocol_sha256()
-    assert found["all_starts"]["failed_and_flagged"] == found["all_starts"]["failed"] == len(found["not_aligned"])
-    assert found["by_condition"]["pose"]["success"] == found["by_condition"]["metal"]["success"] == 1.0
+    every = found["all_starts"]
+    assert every["n"] >= 200 and every["success"] >= 0.99
+    assert every["failed_and_flagged"] == every["failed"] == len(found["not_aligned"])
+    assert {"pose", "noise", "partial", "metal", "all", "soft"} <= set(found["by_condition"])
