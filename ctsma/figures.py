@@ -11,7 +11,6 @@ import seaborn as sns
 from matplotlib.axes import Axes
 
 LABELS = {"bv_tv": "BV/TV", "tb_th_mm": "Tb.Th (mm)", "tb_sp_mm": "Tb.Sp (mm)", "tb_n_per_mm": "Tb.N (1/mm)"}
-LABELS |= {"mr_reference": "MR reference", "mean_hu": "HU, medial tibia", "mean_hu_of_compartments": "HU, 4 places"}
 COLOURS = {
     "hu_regression": "#999999",
     "ct_only": "#E69F00",
@@ -149,7 +148,6 @@ def ranges(ax: Axes, found: pd.DataFrame, other: pd.DataFrame, title: str) -> Ax
     names = [name.split(".")[-1].removeprefix("auc_") for name in found.index[::-1]]
     ax.set_yticks(range(len(found)), [LABELS.get(name, name.replace("_", " ")) for name in names])
     ax.set(title=title, ylim=(-0.6, len(found) - 0.4))
-    ax.locator_params(axis="x", nbins=5)
     return ax
 
 
