@@ -194,7 +194,7 @@ def simulated(folder: Path, knees: int, seed: int, changes: dict[str, str]) -> P
     """A cohort with some pose entries of the protocol replaced; kept in the folder."""
     text = (Path(simulation.__file__).with_name("protocol.yaml")).read_text()
     for name, value in changes.items():
-        text, n = re.subn(rf"(  {name}: {{)[^u]*, unit", rf"\g<1>{value}, unit", text)
+        text, n = re.subn(rf"(  {name}: {{)[^}}]*?, unit", rf"\g<1>{value}, unit", text)
         assert n == 1, name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "protocol.yaml").write_text(text)
