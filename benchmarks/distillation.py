@@ -12,6 +12,7 @@ used to choose settings and are left out. Writes docs/results/distillation_evide
   with a teacher that sees another patch, was never trained, or sees MR shifted by 2 mm (`controls`); the gain in
   thirds of the test knees (`by_kernel`, `by_noise`);
 - `terms`: every term of the loss, the ruler, a committee of teachers and CT-only knees, one at a time at 80 knees;
+  remove the part from the file to measure it again;
 - `frequency`: the run's own networks on its test patches, their CT blurred more and more: in which details of the CT
   lies what an arm knows?
 """
@@ -141,12 +142,25 @@ def terms(folder: Path, ids: np.ndarray, seeds: list[int], n_jobs: int) -> dict:
     tried["ruler"] = {"recipe": {}, "ruler": True}
     tried["ruler, local_evidence"] = {"recipe": LOSSES["local_evidence"], "teachers": teachers, "ruler": True}
     tried["CT-only knees"] = {"recipe": {}, "seen": replace(examples, targets=guessed), "where": wider, "how": shorter}
-    found, baseline = {}, read(alone, test)
-    for name, options in tried.items():
-        found[name] = gain(examples, test, read(each_seed("student", **options), test), baseline)
-        print(name, found[name], flush=True)
     about = {"n_knees": len(own), "n_unpaired": len(more), "training_seeds": len(seeds)}
-    return about | {"weights": WEIGHTS | LOSSES["local_evidence"], "gain": found}
+    about |= {"weights": WEIGHTS | LOSSES["local_evidence"]}
+    found, baseline = known("terms").get("gain", {}), read(alone, test)
+    for name in [name for name in tried if name not in found]:
+        found[name] = gain(examples, test, read(each_seed("student", **tried[name]), test), baseline)
+        keep("terms", about | {"gain": found})  # an hour's work in pieces: what is written is not done again
+    return about | {"gain": found}
+
+
+def known(part: str) -> dict:
+    """What was written of a part so far."""
+    return json.loads(OUT.read_text()).get(part, {}) if OUT.exists() else {}
+
+
+def keep(part: str, found: dict) -> None:
+    """Write one part beside the others."""
+    content = json.loads(OUT.read_text()) if OUT.exists() else {}
+    content |= {"protocol_sha256": simulation.protocol_sha256(), "seed": SEED}
+    cohort.write_json(OUT, content | {part: found})
 
 
 def one_thread(*options) -> nn.Module:
@@ -283,10 +297,7 @@ def main() -> None:
         "frequency": partial(frequency, given.run),
     }
     for name in [given.only] if given.only else parts:
-        found = parts[name]()
-        content = json.loads(OUT.read_text()) if OUT.exists() else {}
-        content |= {"protocol_sha256": simulation.protocol_sha256(), "seed": SEED}
-        cohort.write_json(OUT, content | {name: found})
+        keep(name, parts[name]())
 
 
 def learning(examples: Examples, ids: np.ndarray, seeds: list[int], n_jobs: int) -> dict:
