@@ -66,9 +66,14 @@ def students(examples: Examples, fold: Fold, recipes: dict, teachers: dict, rule
         seen, taught = teachers.get(name, (examples, {}))
         options = seen, fold
         models = [train("student", recipe, taught.get(s), *options, s, settings, ruled.get(name, False)) for s in seeds]
-        read = [distillation.predict(m, "student", examples, fold.test, fold.scale, settings) for m, _ in models]
-        found[name] = np.mean(read, axis=0)
+        found[name] = read_by([model for model, _ in models], examples, fold.test, fold.scale)
     return found
+
+
+def read_by(models: list[nn.Module], examples: Examples, rows: np.ndarray, scale: dict) -> np.ndarray:
+    """Mean prediction (n, 4) of students on rows of the examples."""
+    settings = distillation.Settings()
+    return np.mean([distillation.predict(m, "student", examples, rows, scale, settings) for m in models], axis=0)
 
 
 def at_size(examples: Examples, knees: np.ndarray, test: np.ndarray, size: int, seeds: list[int]) -> dict:
@@ -126,13 +131,10 @@ def terms(folder: Path, ids: np.ndarray, seeds: list[int], n_jobs: int) -> dict:
         options = [(recipe, teachers[s] if teachers else None, seen, where, s, how, ruler) for s in seeds]
         return joblib.Parallel(n_jobs)(joblib.delayed(one_thread)(role, *option) for option in options)
 
-    def read(models: list, rows: np.ndarray) -> np.ndarray:
-        return np.mean([distillation.predict(m, "student", examples, rows, fold.scale, settings) for m in models], 0)
-
     teachers = [teacher.requires_grad_(False) for teacher in each_seed("teacher", {})]
     alone, committee = each_seed("student", {}), [Committee(teachers).eval()] * len(seeds)
     guessed = examples.targets.copy()
-    guessed[unpaired] = read(alone, unpaired)  # their MR is not looked at
+    guessed[unpaired] = read_by(alone, examples, unpaired, fold.scale)  # their MR is not looked at
     wider = replace(fold, fit=np.concatenate([fit, unpaired]))
     shorter = distillation.Settings(epochs=max(1, round(settings.epochs * len(fit) / len(wider.fit))))  # equal steps
     tried = {name: {"recipe": {name: weight}, "teachers": teachers} for name, weight in WEIGHTS.items()}
@@ -144,9 +146,10 @@ def terms(folder: Path, ids: np.ndarray, seeds: list[int], n_jobs: int) -> dict:
     tried["CT-only knees"] = {"recipe": {}, "seen": replace(examples, targets=guessed), "where": wider, "how": shorter}
     about = {"n_knees": len(own), "n_unpaired": len(more), "training_seeds": len(seeds)}
     about |= {"weights": WEIGHTS | LOSSES["local_evidence"]}
-    found, baseline = known("terms").get("gain", {}), read(alone, test)
+    found, baseline = known("terms").get("gain", {}), read_by(alone, examples, test, fold.scale)
     for name in [name for name in tried if name not in found]:
-        found[name] = gain(examples, test, read(each_seed("student", **tried[name]), test), baseline)
+        guess = read_by(each_seed("student", **tried[name]), examples, test, fold.scale)
+        found[name] = gain(examples, test, guess, baseline)
         keep("terms", about | {"gain": found})  # an hour's work in pieces: what is written is not done again
     return about | {"gain": found}
 

@@ -138,6 +138,22 @@ def forest(ax: Axes, table: pd.DataFrame, xlabel: str, published: Mapping[str, f
     return ax
 
 
+def gains(axes: Sequence[Axes], table: pd.DataFrame, by: str, x: str, xlabel: str, alone: pd.DataFrame) -> None:
+    """Left the mean ICC, right the gain with its interval, against column `x`, one line for each value of column `by`.
+
+    `table` has icc, difference, ci_low and ci_high; `alone` the column icc_alone of the student without a teacher.
+    """
+    for n, (name, line) in enumerate(table.groupby(by, sort=False)):
+        axes[0].plot(line[x], line["icc"], "o-", color=f"C{n}", label=name.partition(" - ")[0])
+        axes[1].plot(line[x], line["difference"], "o-", color=f"C{n}", label=name)
+        axes[1].fill_between(line[x], line["ci_low"], line["ci_high"], color=f"C{n}", alpha=0.2)
+    axes[0].plot(alone[x], alone["icc_alone"], "s--", color="black", label="student alone")
+    axes[1].axhline(0, color="#666666", linewidth=0.8, linestyle=":")
+    for ax, label in zip(axes, ("mean ICC(A,1)", "gain in mean ICC"), strict=True):
+        ax.set(xlabel=xlabel, ylabel=label)
+        ax.legend(frameon=False)
+
+
 def ranges(ax: Axes, found: pd.DataFrame, other: pd.DataFrame, title: str) -> Axes:
     """Values with intervals over published ranges; rows as of `difficulty`, `other` the same rows of another draw."""
     for row, (name, entry) in enumerate(found[::-1].iterrows()):
