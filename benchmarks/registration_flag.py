@@ -24,7 +24,7 @@ from ctsma.diagnosis import auc_delong
 from ctsma.registration import bone_masks, isotropic, reason_to_flag, target_registration_error_mm
 from ctsma.registration.quality import axes_of, carried, sampled
 from ctsma.registration.stages import TRABECULAE, align_trabeculae, bone_depths_mm, rigid
-from ctsma.registration.trabeculae import interior, matched, trabeculae
+from ctsma.registration.trabeculae import checked, interior, trabeculae
 
 SEED, MOVES = 7101, 3
 ERROR_MM = (0.25, 8.0)  # size of the moves, log-uniform, half shift and half turn
@@ -51,22 +51,16 @@ def one_knee(root: Path, knee_id: str) -> list[dict]:
     fine = tuple(trabeculae(isotropic(image, TRABECULAE.spacing_mm)) for image in (ct, mr))
     for bone in cohort.BONES:
         points, true = truth.target_points_lps(bone), truth.transforms[bone]
+        deep = interior(fine[0], depths[bone], 0)
         sizes = np.append(0.0, np.exp(rng.uniform(*np.log(ERROR_MM), MOVES)))
         for n, size in enumerate(sizes):
             start = moved(true, points, size, rng)
             end, _ = align_trabeculae(*fine, depths[bone], start, 0, [], bone)
             for kind, transform in (("moved", start), ("settled", end))[n == 0 :]:
                 error = float(target_registration_error_mm(transform, true, points).mean())
-                checks = fit(*fine, depths[bone], transform) | {"mi": information(*coarse, depths[bone], transform)}
+                checks = checked(*deep, fine[1], transform) | {"mi": information(*coarse, depths[bone], transform)}
                 rows.append({"knee_id": knee_id, "bone": bone, "kind": kind, "move": n, "error_mm": error} | checks)
     return rows
-
-
-def fit(fixed, moving, depth_mm: sitk.Image, transform: sitk.Euler3DTransform) -> dict[str, float]:
-    """The checks of `align_trabeculae`, where a transform is."""
-    points, grey = interior(fixed, depth_mm, 0)
-    seen = sampled(moving, carried(transform, points))
-    return {"match": matched(grey, seen), "overlap": float(np.isfinite(seen).mean())}
 
 
 def information(ct: sitk.Image, mr: sitk.Image, depth_mm: sitk.Image, transform: sitk.Euler3DTransform) -> float:

@@ -4,7 +4,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
-MIN_MATCH = 0.1  # simulated: 0.19 and more aligned even with noise and thick slices, another knee's MR up to 0.07
+MIN_MATCH = 0.1  # simulated: 0.19 and more aligned even with noise and thick slices, another knee's MR up to 0.05
 MIN_OVERLAP = 0.1  # of a bone: only names the reason, as a match over so little is rarely had (our choice)
 MAX_SLICE_MM = 1.5  # of the MR: such slices align, but a trabecula of 0.2 mm leaves no trace in them (our choice)
 MAX_FLEXION_DEG = 25.0  # a knee bends 0-15 degrees differently between scanners (our choice)

@@ -18,8 +18,8 @@ import SimpleITK as sitk
 from ctsma.cohort import BONES, InputFault
 
 from .masks import isotropic
-from .quality import carried, flexion_deg, reason_to_flag, sampled
-from .trabeculae import DEEP_MM, best_shift, interior, matched, trabeculae
+from .quality import flexion_deg, reason_to_flag
+from .trabeculae import DEEP_MM, best_shift, checked, interior, trabeculae
 
 START_VOXELS = 5000  # CT voxels of the exhaustive start: 4 mm on a 60 mm box, 6 mm on a knee (our choice)
 START_GRID = 32  # edge of its Fourier grid: any shift up to half of it is tried
@@ -136,8 +136,7 @@ def align_trabeculae(
     region, mask = _masked(fixed, depth_mm, TRABECULAE.margin_mm)
     end, *log, _ = _optimised(region, moving, mask, nearer, TRABECULAE, seed, trabecular=True)
     rows.append(_row("trabeculae", bone, TRABECULAE.spacing_mm, *log, time.process_time() - tic))
-    seen = sampled(moving, carried(end, points))
-    return end, {"match": matched(grey, seen), "overlap": float(np.isfinite(seen).mean())}
+    return end, checked(points, grey, moving, end)
 
 
 def starting_transforms(ct: sitk.Image, mr: sitk.Image) -> list[tuple[float, sitk.Euler3DTransform]]:

@@ -34,8 +34,8 @@ def interior(ct: sitk.Image, depth_mm: sitk.Image, seed: int) -> tuple[np.ndarra
 
     `ct` of `trabeculae`; `depth_mm` signed distance to the bone's surface, inside positive.
     """
-    depth = sitk.GetArrayFromImage(sitk.Resample(depth_mm, ct, sitk.Transform(), sitk.sitkLinear, -1e6))
-    index = np.argwhere(depth > DEEP_MM)
+    depth = sitk.Resample(depth_mm, ct, sitk.Transform(), sitk.sitkLinear, -1e6)
+    index = np.argwhere(sitk.GetArrayViewFromImage(depth) > DEEP_MM)
     index = index[np.random.default_rng(seed).permutation(len(index))[:COUNTED]]
     return index[:, ::-1] @ axes_of(ct).T + ct.GetOrigin(), sitk.GetArrayViewFromImage(ct)[tuple(index.T)]
 
@@ -52,6 +52,12 @@ def best_shift(
     found = sitk.Euler3DTransform(start)
     found.SetTranslation(np.add(start.GetTranslation(), shifts[int(np.argmax(scores))]).tolist())
     return found
+
+
+def checked(points: np.ndarray, grey: np.ndarray, mr: sitk.Image, transform: sitk.Euler3DTransform) -> dict[str, float]:
+    """Match of a bone's `interior` with the MR's trabeculae under a transform, and the share of it inside the MR."""
+    seen = sampled(mr, carried(transform, points))
+    return {"match": matched(grey, seen), "overlap": float(np.isfinite(seen).mean())}
 
 
 def matched(hu: np.ndarray, grey: np.ndarray) -> float:
