@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ctsma.cohort import InputFault
-from ctsma.networks import WIDTHS, build, build_detail_head, masked_mean, unshuffle
+from ctsma.networks import WIDTHS, Unfolded, build, build_detail_head, masked_mean, unshuffle
 
 INPUTS = {"teacher": (2, 2, 12, 48, 48), "student": (2, 2, 12, 24, 24)}
 
@@ -18,7 +18,7 @@ def outputs(role, size="compact", seed=0):
 def test_teacher_and_student_meet_on_one_grid():
     (taught, teacher), (learned, student) = (outputs(role) for role in INPUTS)
     assert [m.shape for m in teacher] == [m.shape for m in student]
-    assert teacher[0].shape[2:] == (12, 24, 24)  # the CT grid: published L1 applies without an adapter
+    assert teacher[0].shape[2:] == (12, 12, 12)  # published L1 applies without an adapter
     assert taught.shape == learned.shape == (2, 4)
 
 
@@ -74,7 +74,8 @@ def test_unshuffle_puts_the_four_fine_pixels_under_each_coarse_one():
     assert coarse.shape == (2, 4, 12, 24, 24)
     assert coarse[1, :, 3, 5, 7].tolist() == fine[1, 3, 10:12, 14:16].flatten().tolist()
     head = build_detail_head("compact", torch.Generator())
-    assert head(torch.zeros(2, WIDTHS[0], 12, 24, 24)).shape == coarse.shape
+    assert head(torch.zeros(2, WIDTHS[0], 12, 12, 12)).shape == coarse.shape
+    assert torch.equal(Unfolded()(coarse), fine[:, None])
 
 
 @pytest.mark.parametrize(("arguments", "said"), [(("pupil", "compact"), "role"), (("student", "huge"), "size")])

@@ -100,23 +100,30 @@ def scale_of(examples: Examples, fit: ndarray, number: int) -> dict[str, list[fl
 
 
 def batch_of(
-    examples: Examples, rows: ndarray, scale: dict, device: str, rng: np.random.Generator | None = None
+    examples: Examples,
+    rows: ndarray,
+    scale: dict,
+    device: str,
+    rng: np.random.Generator | None = None,
+    with_mr: bool = True,
 ) -> dict[str, Tensor]:
     """`student` (B, 3, ...), `teacher` (B, 2, ...), `target` (B, 4) in 0..1, `bone_fraction`; with rng augmented.
 
     The student's channels: HU, bone mask, HU over the ruler. CT and MR are flipped alike, along slices and columns,
-    never rows: depth below the joint has a direction.
+    never rows: depth below the joint has a direction. Nobody waits for a `teacher` input that is not asked for.
     """
     flips = [] if rng is None else [axis for axis in (1, 3) if rng.random() < 0.5]
-    names = [name for name in ("ct", "mr", "voi", "bone_fraction") if getattr(examples, name) is not None]
+    names = ["ct", "voi", *(["mr"] if with_mr else [])]
+    names += ["bone_fraction"] if examples.bone_fraction is not None else []
     read = {n: torch.from_numpy(getattr(examples, n)[rows].astype(np.float32)).flip(flips) for n in names}
     hu = (read["ct"] if rng is None else augment_ct(read["ct"], rng)).clamp(*HU_RANGE)
-    ct, mr = ((image - scale[n][0]) / scale[n][1] for n, image in (("ct", hu), ("mr", read["mr"])))
+    scaled = {n: (image - scale[n][0]) / scale[n][1] for n, image in (read | {"ct": hu}).items() if n in ("ct", "mr")}
     share = hu / torch.from_numpy(examples.ruler[rows].astype(np.float32)).view(-1, 1, 1, 1) / FULL_SCALE - 1
     low, high = np.array(scale["low"]), np.array(scale["high"])
     target = torch.from_numpy(((examples.targets[rows] - low) / (high - low)).astype(np.float32))
-    batch = {"student": torch.stack([ct, functional.avg_pool2d(read["voi"], 2), share], 1), "target": target}
-    batch |= {"teacher": torch.stack([mr, read["voi"]], 1)} | {n: read[n] for n in names if n == "bone_fraction"}
+    batch = {"student": torch.stack([scaled["ct"], functional.avg_pool2d(read["voi"], 2), share], 1), "target": target}
+    batch |= {"teacher": torch.stack([scaled["mr"], read["voi"]], 1)} if with_mr else {}
+    batch |= {n: read[n] for n in names if n == "bone_fraction"}
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -166,7 +173,10 @@ def train(
         modules.train()
         losses = np.zeros(2)
         for rows in np.array_split(rng.permutation(fold.fit), n_batches):
-            batch = batch_of(examples, rows, fold.scale, settings.device, rng if settings.augment else None)
+            drawn = rng if settings.augment else None
+            batch = batch_of(
+                examples, rows, fold.scale, settings.device, drawn, role == "teacher" or teacher is not None
+            )
             with autocast(settings):
                 error, taught, spread = _losses(modules, role, teacher, batch, recipe)
             optimizer.zero_grad()
@@ -222,7 +232,7 @@ def estimate(
     values, spreads, low, width = [], [], np.array(scale["low"]), np.subtract(scale["high"], scale["low"])
     for part in np.array_split(rows, max(1, round(len(rows) / 64))):
         with torch.no_grad(), autocast(settings):
-            x = batch_of(examples, part, scale, settings.device)[role]
+            x = batch_of(examples, part, scale, settings.device, with_mr=role == "teacher")[role]
             prediction, maps = model(x)
             values.append(prediction.double().cpu().numpy())
             if model.spread is not None:
