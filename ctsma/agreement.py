@@ -206,6 +206,21 @@ def cross_conformal(
     return pd.DataFrame({"low": y - half, "high": y + half, "covered": np.abs(x - y) <= half})
 
 
+def restored_spread(reference: ndarray, estimate: ndarray, folds: ndarray) -> ndarray:
+    """Out-of-fold estimates, (n,) or (n, k), given the reference's mean and SD; each fold by those of the others.
+
+    The reduced major axis: it undoes the shrinkage to the mean of a least-squares fit, which ICC(A,1) punishes, and
+    pays with squared error. folds (n,): subject-wise folds. Raises InputFault for constant values, NaN.
+    """
+    x, y = _varying(reference, estimate)
+    folds, restored = np.asarray(folds), np.empty_like(y)
+    for fold in np.unique(folds):
+        own, others = folds == fold, folds != fold
+        stretch = x[others].std(axis=0) / y[others].std(axis=0)
+        restored[own] = x[others].mean(axis=0) + stretch * (y[own] - y[others].mean(axis=0))
+    return restored
+
+
 def _pairs(reference: ndarray, estimate: ndarray) -> tuple[ndarray, ndarray]:
     x, y = np.asarray(reference, dtype=float), np.asarray(estimate, dtype=float)
     if x.shape != y.shape:

@@ -229,3 +229,15 @@ def test_cross_conformal_covers_and_calibrates_on_the_other_folds_only():
     assert table["covered"].equals((table["low"] <= reference) & (reference <= table["high"]))
     spoiled = estimate + 100.0 * (folds == 0)
     assert not cross_conformal(reference, spoiled, folds, sd)["covered"][folds == 0].any()
+
+
+def test_a_shrunken_estimate_gets_its_spread_back_from_the_other_folds_alone():
+    rng = np.random.default_rng(0)
+    true, folds = rng.normal(5, 2, (60, 2)), np.repeat(np.arange(3), 20)
+    shrunken = true.mean(0) + 0.5 * (true - true.mean(0))
+    # half the spread: 2 s / (1 + s^2) = 0.8, and 1 once it is undone; up to (n - 1) / n
+    assert agreement.icc(true[:, 0], shrunken[:, 0])["icc"] == pytest.approx(0.8, abs=0.01)
+    np.testing.assert_allclose(agreement.restored_spread(true, shrunken, folds), true)
+    spoilt = np.where((folds == 0)[:, None], 9 * true, true)  # a fold's own reference must not be looked at
+    own = folds == 0
+    np.testing.assert_allclose(agreement.restored_spread(spoilt, shrunken, folds)[own], true[own])
