@@ -214,10 +214,9 @@ def restored_spread(reference: ndarray, estimate: ndarray, folds: ndarray) -> nd
     """
     x, y = _varying(reference, estimate)
     folds, restored = np.asarray(folds), np.empty_like(y)
-    for fold in np.unique(folds):
-        own, others = folds == fold, folds != fold
-        stretch = x[others].std(axis=0) / y[others].std(axis=0)
-        restored[own] = x[others].mean(axis=0) + stretch * (y[own] - y[others].mean(axis=0))
+    for own in [folds == fold for fold in np.unique(folds)]:
+        stretch = x[~own].std(axis=0) / y[~own].std(axis=0)
+        restored[own] = x[~own].mean(axis=0) + stretch * (y[own] - y[~own].mean(axis=0))
     return restored
 
 
