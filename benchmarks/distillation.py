@@ -138,14 +138,13 @@ def terms(folder: Path, ids: np.ndarray, seeds: list[int], n_jobs: int) -> dict:
     guessed[unpaired] = read_by(alone, examples, unpaired, fold.scale)  # their MR is not looked at
     wider = replace(fold, fit=np.concatenate([fit, unpaired]))
     shorter = distillation.Settings(epochs=max(1, round(settings.epochs * len(fit) / len(wider.fit))))  # equal steps
-    tried = {"detail": {"recipe": {"detail": WEIGHTS["detail"]}}}
+    tried = {name: {"recipe": {name: weight}, "teachers": teachers} for name, weight in WEIGHTS.items()}
     tried["prediction, committee"] = {"recipe": {"prediction": WEIGHTS["prediction"]}, "teachers": committee}
     tried["local_evidence, committee"] = {"recipe": LOSSES["local_evidence"], "teachers": committee}
     tried["no augmentation"] = {"recipe": {}, "how": distillation.Settings(augment=False)}
     tried["ruler"] = {"recipe": {}, "ruler": True}
     tried["ruler, local_evidence"] = {"recipe": LOSSES["local_evidence"], "teachers": teachers, "ruler": True}
     tried["CT-only knees"] = {"recipe": {}, "seen": replace(examples, targets=guessed), "where": wider, "how": shorter}
-    tried |= {n: {"recipe": {n: w}, "teachers": teachers} for n, w in WEIGHTS.items() if n != "detail"}
     about = {"n_knees": len(own), "n_unpaired": len(more), "training_seeds": len(seeds)}
     about |= {"weights": WEIGHTS | LOSSES["local_evidence"]}
     found, baseline = known("terms").get("gain", {}), read_by(alone, examples, test, fold.scale)
