@@ -8,11 +8,11 @@ used to choose settings and are left out. Writes docs/results/distillation_evide
 
 - `oracle`: the CT network trained on ten times the knees, on the patches of a run: the limit of this CT;
 - `knowledge`: ridge on HU statistics that is also told what no CT shows: where the error comes from;
-- `learning`: gain of the teacher over the student alone by number of paired knees, on other knees (`curve`); the same
-  with a teacher that sees another patch, was never trained, or sees MR shifted by 2 mm (`controls`); the gain in
-  thirds of the test knees (`by_kernel`, `by_noise`);
-- `terms`: every term of the loss, the ruler, a committee of teachers and CT-only knees, one at a time at 80 knees;
-  remove the part from the file to measure it again;
+- `learning`: gain of the teacher over the student alone, and over the student on the ridge, by number of paired knees,
+  on other knees (`curve`); the same with a teacher that sees another patch, was never trained, or sees MR shifted by
+  2 mm (`controls`); our gain in thirds of the test knees (`by_kernel`, `by_noise`);
+- `terms`: every term of the loss, the ridge below the network, a committee of teachers and CT-only knees, one at a
+  time at 80 knees; remove the part from the file to measure it again;
 - `frequency`: the run's own networks on its test patches, their CT blurred more and more: in which details of the CT
   lies what an arm knows?
 """
@@ -42,31 +42,29 @@ SEED, FIRST, LAST = 2000, 137, 880  # of the knees; the first 137 chose settings
 SIZES, N_TEST, N_TOLD = (10, 20, 40, 80), 200, 240
 ORACLE_EPOCHS = 16  # 9 times the steps of the study's arms
 SHIFT_VOXELS = (3, 9, 9)  # slices, rows, columns of the MR: 2.25, 2 and 2 mm
-LOSSES = {
-    "feature_l1": {"feature_l1": 0.1},
-    "feature_l1, gamma 0.01": {"feature_l1": 0.01},
-    "local_evidence": {"local_evidence": 0.3},
-}
+PUBLISHED = {"feature_l1": {"feature_l1": 0.1}, "feature_l1, gamma 0.01": {"feature_l1": 0.01}}
+RIDGED, OURS = "on the ridge", "on the ridge, local_evidence"
+EVIDENCE = {"local_evidence": 0.3}
+GAINS = [(name, "alone") for name in PUBLISHED] + [(RIDGED, "alone"), (OURS, RIDGED)]  # of the learning curve
 WEIGHTS = {"feature_correlation": 0.1, "attention": 1.0, "relation": 0.1, "prediction": 1.0, "detail": 0.1}  # untuned
 N_UNPAIRED = 160  # CT-only knees beside the 80 paired ones
-PARTS = ("oracle", "knowledge", "learning", "terms", "frequency")
+PARTS = "oracle", "knowledge", "learning", "terms", "frequency"
 BLUR_MM = (0.0, 0.25, 0.5, 1.0, 2.0)  # SD in plane
 NETWORKS = cohort.source_sha256("ctsma.networks")  # a part says which networks it was measured with
 OUT = Path(__file__).parents[1] / "docs" / "results" / "distillation_evidence.json"
 
 
-def fold_over(examples: Examples, fit: np.ndarray, test: np.ndarray) -> Fold:
+def fold_over(examples: Examples, fit: np.ndarray, test: np.ndarray, ruled: bool = False) -> Fold:
     """Rows to fit and to predict; a few test rows watch the fit and choose nothing."""
-    return Fold(0, fit, test[:32], test, scale_of(examples, fit, 0))
+    return Fold(0, fit, test[:32], test, scale_of(examples, fit, 0, ruled))
 
 
-def students(examples: Examples, fold: Fold, recipes: dict, teachers: dict, ruled: dict, seeds, epochs: int) -> dict:
+def students(examples: Examples, fold: Fold, recipes: dict, teachers: dict, seeds, epochs: int) -> dict:
     """Mean prediction over seeds (n_test, 4) by name of recipe; `teachers[name]` is (examples, teacher by seed)."""
     settings, found = distillation.Settings(epochs=epochs), {}
     for name, recipe in recipes.items():
         seen, taught = teachers.get(name, (examples, {}))
-        options = seen, fold
-        models = [train("student", recipe, taught.get(s), *options, s, settings, ruled.get(name, False)) for s in seeds]
+        models = [train("student", recipe, taught.get(s), seen, fold, s, settings) for s in seeds]
         found[name] = read_by([model for model, _ in models], examples, fold.test, fold.scale)
     return found
 
@@ -84,22 +82,24 @@ def at_size(examples: Examples, knees: np.ndarray, test: np.ndarray, size: int, 
     fold = fold_over(examples, np.flatnonzero(np.isin(own, knees[:size])), test)
     settings = distillation.Settings()
     teacher = {s: train("teacher", {}, None, examples, fold, s, settings)[0].requires_grad_(False) for s in seeds}
-    recipes = {"alone": {}} | LOSSES
-    teachers = dict.fromkeys(LOSSES, (examples, teacher))
+    recipes, on_ridge = {"alone": {}} | PUBLISHED, {RIDGED: {}, OURS: EVIDENCE}
+    teachers = dict.fromkeys([*PUBLISHED, OURS], (examples, teacher))
     if size == SIZES[-1]:
         untrained = {s: networks.build("teacher", "compact", torch.Generator().manual_seed(s)).eval() for s in seeds}
         order = np.arange(len(own))
         order[fold.fit] = np.random.default_rng(SEED).permutation(fold.fit)
         rolled = np.roll(examples.mr, SHIFT_VOXELS, axis=(1, 2, 3))
-        teachers |= {
+        wrong = {
             "another patch's MR": (replace(examples, mr=examples.mr[order]), teacher),
             "untrained teacher": (examples, untrained),
             "MR shifted by 2 mm": (replace(examples, mr=rolled), teacher),
         }
-        recipes |= dict.fromkeys(
-            ("another patch's MR", "untrained teacher", "MR shifted by 2 mm"), LOSSES["feature_l1"]
-        )
-    return students(examples, fold, recipes, teachers, {}, seeds, settings.epochs)
+        teachers |= wrong | {f"{RIDGED}, {name}": known for name, known in wrong.items()}
+        recipes |= dict.fromkeys(wrong, PUBLISHED["feature_l1"])
+        on_ridge |= {f"{RIDGED}, {name}": EVIDENCE for name in wrong}
+    ridged = fold_over(examples, fold.fit, test, ruled=True)
+    plain = students(examples, fold, recipes, teachers, seeds, settings.epochs)
+    return plain | students(examples, ridged, on_ridge, teachers, seeds, settings.epochs)
 
 
 class Committee(nn.Module):
@@ -128,8 +128,8 @@ def terms(folder: Path, ids: np.ndarray, seeds: list[int], n_jobs: int) -> dict:
     fit, unpaired, test = (np.flatnonzero(np.isin(knees, group)) for group in (own, more, ids[-N_TEST:]))
     fold = fold_over(examples, fit, test)
 
-    def each_seed(role: str, recipe: dict, teachers=(), seen=examples, where=fold, how=settings, ruler=False) -> list:
-        options = [(recipe, teachers[s] if teachers else None, seen, where, s, how, ruler) for s in seeds]
+    def each_seed(role: str, recipe: dict, teachers=(), seen=examples, where=fold, how=settings) -> list:
+        options = [(recipe, teachers[s] if teachers else None, seen, where, s, how) for s in seeds]
         return joblib.Parallel(n_jobs)(joblib.delayed(one_thread)(role, *option) for option in options)
 
     teachers = [teacher.requires_grad_(False) for teacher in each_seed("teacher", {})]
@@ -140,13 +140,19 @@ def terms(folder: Path, ids: np.ndarray, seeds: list[int], n_jobs: int) -> dict:
     shorter = distillation.Settings(epochs=max(1, round(settings.epochs * len(fit) / len(wider.fit))))  # equal steps
     tried = {name: {"recipe": {name: weight}, "teachers": teachers} for name, weight in WEIGHTS.items()}
     tried["prediction, committee"] = {"recipe": {"prediction": WEIGHTS["prediction"]}, "teachers": committee}
-    tried["local_evidence, committee"] = {"recipe": LOSSES["local_evidence"], "teachers": committee}
+    tried["local_evidence"] = {"recipe": EVIDENCE, "teachers": teachers}
+    tried["local_evidence, committee"] = {"recipe": EVIDENCE, "teachers": committee}
     tried["no augmentation"] = {"recipe": {}, "how": distillation.Settings(augment=False)}
-    tried["ruler"] = {"recipe": {}, "ruler": True}
-    tried["ruler, local_evidence"] = {"recipe": LOSSES["local_evidence"], "teachers": teachers, "ruler": True}
+    ridged = fold_over(examples, fit, test, ruled=True)
+    on_ridge = {RIDGED: {"recipe": {}}, f"{RIDGED}, detail": {"recipe": {"detail": WEIGHTS["detail"]}}}
+    on_ridge[OURS] = {"recipe": EVIDENCE, "teachers": teachers}
+    on_ridge[f"{OURS}, committee"] = {"recipe": EVIDENCE, "teachers": committee}
+    both = EVIDENCE | {"detail": WEIGHTS["detail"]}
+    on_ridge[f"{OURS}, detail"] = {"recipe": both, "teachers": teachers}
+    tried |= {name: options | {"where": ridged} for name, options in on_ridge.items()}
     tried["CT-only knees"] = {"recipe": {}, "seen": replace(examples, targets=guessed), "where": wider, "how": shorter}
     about = {"n_knees": len(own), "n_unpaired": len(more), "training_seeds": len(seeds)}
-    about |= {"weights": WEIGHTS | LOSSES["local_evidence"]}
+    about |= {"weights": WEIGHTS | EVIDENCE}
     found, baseline = known("terms").get("gain", {}), read_by(alone, examples, test, fold.scale)
     for name in [name for name in tried if name not in found]:
         guess = read_by(each_seed("student", **tried[name]), examples, test, fold.scale)
@@ -179,10 +185,12 @@ def frequency(run: Path) -> dict:
     data = patches.load_patches(run / "patches")
     examples, folder = distillation.prepare(data, detail=False), run / "models"
     subjects, found = data.table["subject_id"].to_numpy(str), {}
-    arms = ("ct_only", "ct_sma", "ct_ruler", "ct_sma_plus")
+    arms = ("ct_only", "ct_sma", "ct_residual", "ct_sma_plus")
     for blur_mm in BLUR_MM:
         sigma = (0, 0, *[blur_mm / s for s in patches.CT_SPACING_MM[1:]])
-        blurred = replace(examples, ct=ndimage.gaussian_filter(examples.ct, sigma, mode="nearest"))
+        ct = ndimage.gaussian_filter(examples.ct, sigma, mode="nearest")
+        read = distillation.ridge_features(ct, examples.voi, examples.ruler)
+        blurred = replace(examples, ct=ct, features=read)
         guesses = {arm: np.zeros_like(examples.targets) for arm in arms}
         for arm in arms:
             records = distillation.read_records(folder, arm)
@@ -193,8 +201,8 @@ def frequency(run: Path) -> dict:
                 part = distillation.predict(model, "student", blurred, own, record["scale"], settings)
                 guesses[arm][own] += part / len({r["seed"] for r in records})
         every = np.arange(len(subjects))
-        pairs = {"ct_sma - ct_only": ("ct_sma", "ct_only"), "ct_ruler - ct_only": ("ct_ruler", "ct_only")}
-        pairs |= {"ct_sma_plus - ct_ruler": ("ct_sma_plus", "ct_ruler")}
+        pairs = {"ct_sma - ct_only": ("ct_sma", "ct_only"), "ct_residual - ct_only": ("ct_residual", "ct_only")}
+        pairs |= {"ct_sma_plus - ct_residual": ("ct_sma_plus", "ct_residual")}
         found[str(blur_mm)] = {n: gain(examples, every, guesses[a], guesses[b]) for n, (a, b) in pairs.items()}
     return found
 
@@ -219,13 +227,13 @@ def scanner_of(knee_ids: np.ndarray) -> pd.DataFrame:
 
 
 def thirds(examples: Examples, test: np.ndarray, found: dict, by: pd.Series) -> list[dict]:
-    """The gain of local evidence in thirds of the test knees by a scanner's property."""
+    """Our gain over the ridge's student in thirds of the test knees by a scanner's property."""
     value = by.loc[examples.table["knee_id"].to_numpy()[test]].to_numpy()
     edges = np.quantile(by.loc[np.unique(examples.table["knee_id"].to_numpy()[test])], (0, 1 / 3, 2 / 3, 1))
     rows = []
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         own = (value >= low) & (value <= high)
-        pair = found["local_evidence"][own], found["alone"][own]
+        pair = found[OURS][own], found[RIDGED][own]
         rows.append({"low": low, "high": high} | gain(examples, test[own], *pair))
     return rows
 
@@ -234,15 +242,14 @@ def knowledge(examples: Examples, subjects: pd.DataFrame, ids: np.ndarray) -> di
     """Mean ICC of the ridge when it is also told the knee's HU of full bone, its MR's susceptibility, or both."""
     own = examples.table["knee_id"].to_numpy(str)
     rows = np.flatnonzero(np.isin(own, ids))
-    features = distillation.ct_features(examples.ct[rows], examples.voi[rows])
+    features, with_ruler = examples.features[rows, : distillation.N_HU], examples.features[rows, distillation.N_HU :]
     constants, people = simulation.load_protocol(), subjects.set_index("knee_id", drop=False)
     drawn = {
         k: make_subject(people.loc[k].to_dict(), constants, [SEED, zlib.crc32(k.encode())], None).drawn for k in ids
     }
     bone = scanner_of(ids).loc[own[rows], "bone_hu"].to_numpy()
     told = {"HU statistics": [], "+ HU of full bone": [bone, 1000 / bone, features[:, 0] / bone]}
-    ruler = examples.ruler[rows]
-    told["+ the ruler (measured)"] = [ruler, 1000 / ruler, features[:, 0] / ruler]
+    told["+ the ruler (measured)"] = [with_ruler]
     told["+ susceptibility of the MR"] = [np.array([drawn[k]["susceptibility"] for k in own[rows]])]
     told["+ both"] = told["+ HU of full bone"] + told["+ susceptibility of the MR"]
     first, targets = np.isin(own[rows], ids[: len(ids) // 2]), examples.targets[rows]
@@ -261,12 +268,11 @@ def oracle(examples: Examples, run: Path, seeds: list[int]) -> dict:
     torch.set_num_threads(1)
     other = distillation.prepare(patches.load_patches(run / "patches"), detail=False)
     table = pd.concat([examples.table, other.table], ignore_index=True)
-    joined = {
-        n: np.concatenate([getattr(examples, n), getattr(other, n)]) for n in ("targets", "ct", "mr", "voi", "ruler")
-    }
+    names = "targets", "ct", "mr", "voi", "ruler", "features"
+    joined = {n: np.concatenate([getattr(examples, n), getattr(other, n)]) for n in names}
     whole, n = Examples(table, bone_fraction=None, **joined), len(examples.table)
-    fold = fold_over(whole, np.arange(n), np.arange(n, len(table)))
-    guess = students(whole, fold, {"ct_oracle": {}}, {}, {"ct_oracle": True}, seeds, ORACLE_EPOCHS)["ct_oracle"]
+    fold = fold_over(whole, np.arange(n), np.arange(n, len(table)), ruled=True)
+    guess = students(whole, fold, {"ct_oracle": {}}, {}, seeds, ORACLE_EPOCHS)["ct_oracle"]
     rows = other.table[["knee_id", "subject_id", "patch_id"]].assign(
         arm="ct_oracle", **dict(zip(BIOMARKERS, guess.T, strict=True))
     )
@@ -285,7 +291,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument(
         "--only",
-        choices=["oracle", "knowledge", "learning", "terms", "frequency"],
+        choices=PARTS,
         help="one part; the others are kept",
     )
     given = parser.parse_args()
@@ -310,15 +316,19 @@ def learning(examples: Examples, ids: np.ndarray, seeds: list[int], n_jobs: int)
     test = np.flatnonzero(np.isin(examples.table["knee_id"].to_numpy(str), ids[-N_TEST:]))
     run = partial(at_size, examples, ids, test, seeds=seeds)
     with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-        found = dict(zip(SIZES, joblib.Parallel()(joblib.delayed(run)(size=size) for size in SIZES), strict=True))
+        sizes = SIZES[::-1]  # the longest first
+        found = dict(zip(sizes, joblib.Parallel()(joblib.delayed(run)(size=size) for size in sizes), strict=True))
+    found = {size: found[size] for size in SIZES}
     curve = {
-        name: {str(n): gain(examples, test, known[name], known["alone"]) for n, known in found.items()}
-        for name in LOSSES
+        f"{a} - {b}": {str(n): gain(examples, test, known[a], known[b]) for n, known in found.items()} for a, b in GAINS
     }
     largest, scanner = found[SIZES[-1]], scanner_of(ids[-N_TEST:])
-    controls = {n: gain(examples, test, v, largest["alone"]) for n, v in largest.items() if n not in {"alone", *LOSSES}}
+    wrong = [name for name in largest if name not in {"alone", *PUBLISHED, RIDGED, OURS}]
+    base = {name: RIDGED if name.startswith(RIDGED) else "alone" for name in wrong}
+    controls = {name: gain(examples, test, largest[name], largest[base[name]]) for name in wrong}
     parts = {f"by_{name}": thirds(examples, test, largest, scanner[name]) for name in ("kernel", "noise")}
-    return {"curve": curve, "controls": controls, "losses": LOSSES, "training_seeds": len(seeds)} | parts
+    losses = PUBLISHED | {OURS: EVIDENCE}
+    return {"curve": curve, "controls": controls, "losses": losses, "training_seeds": len(seeds)} | parts
 
 
 if __name__ == "__main__":

@@ -181,12 +181,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     from .simulation import write_cohort
 
     with _Screen() as say:
-        options = {
-            "n_rescan": arguments.rescans,
-            "anatomy": arguments.anatomy,
-            "n_jobs": arguments.jobs,
-            "report": say,
-        }
+        options = {"n_rescan": arguments.rescans, "anatomy": arguments.anatomy, "n_jobs": arguments.jobs, "report": say}
         print(write_cohort(arguments.out, "simulated", arguments.knees, arguments.seed, **options))
     return 0
 

@@ -14,16 +14,18 @@ from .cohort import BIOMARKERS, InputFault, write_text
 PAPER = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text())
 ARMS = {
     "hu_regression": "HU ridge regression",
+    "ruler_regression": "ridge regression with the ruler",
     "ct_only": "CT network alone",
-    "ct_ruler": "CT network with its ruler",
     "ct_sma": "CT network, distilled (CT-SMA)",
-    "ct_sma_plus": "CT network, distilled (ours)",
-    "ct_oracle": "CT network, ten times the knees",
+    "ct_residual": "that ridge + CT network",
+    "ct_sma_plus": "that ridge + CT network, distilled (ours)",
+    "ct_oracle": "that ridge + CT network, ten times the knees",
     "mr_teacher": "MR network (upper bound)",
     "mr_reference": "MR reference itself",
 }
-GAINS = ("ct_sma", "ct_only"), ("ct_ruler", "ct_only"), ("ct_sma_plus", "ct_ruler")
-GAINS += ("ct_sma_plus", "ct_only"), ("ct_sma_plus", "hu_regression")
+GAINS = [("ct_only", "hu_regression"), ("ct_sma", "ct_only"), ("ruler_regression", "hu_regression")]
+GAINS += [("ct_residual", "ruler_regression"), ("ct_sma_plus", "ct_residual"), ("ct_sma_plus", "ct_only")]
+GAINS += [("ct_sma_plus", "hu_regression")]
 MEASURES = *BIOMARKERS, "mean"
 LABELS = {"bv_tv": "BV/TV", "tb_th_mm": "Tb.Th", "tb_sp_mm": "Tb.Sp", "tb_n_per_mm": "Tb.N"}
 STYLE = """
@@ -104,8 +106,7 @@ def update_readme(readme: str | Path, results: str | Path) -> None:
         raise InputFault(readme, "has no results marks", f"add the lines {begin.strip()} and {end}")
     head, _, tail = text.partition(begin)
     write_text(
-        readme,
-        head + begin + results_table(results) + "\n" + origin(results) + "\n" + end + tail.partition(end)[2],
+        readme, head + begin + results_table(results) + "\n" + origin(results) + "\n" + end + tail.partition(end)[2]
     )
 
 

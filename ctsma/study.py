@@ -31,12 +31,7 @@ OUTPUTS = {
 }
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
 # One thread a process: ITK, BLAS, torch and numba would otherwise each start a pool in every worker.
-ONE_THREAD = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS",
-)
+ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
 
 DEAD_WORKER = ("TerminatedWorkerError", "BrokenProcessPool")  # joblib's words for a process that is gone
 DIED = "a process died (killed, or out of memory); free memory or give --jobs 1, and run the same command again"
@@ -107,14 +102,7 @@ def status(path: Path) -> list[dict]:
         known = state["stages"].get(stage, {})
         whole = bool(known) and _outputs_whole(Path(path), known["outputs"]) and known["code"] == _code(stage)
         word = "done" if whole else "changed since" if known else "not run"
-        rows.append(
-            {
-                "stage": stage,
-                "state": word,
-                "seconds": known.get("seconds"),
-                "finished": known.get("finished"),
-            }
-        )
+        rows.append({"stage": stage, "state": word, "seconds": known.get("seconds"), "finished": known.get("finished")})
     return rows
 
 

@@ -7,16 +7,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV, GroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from ctsma import distillation
 from ctsma.cohort import BIOMARKERS, InputFault
 from ctsma.distillation import Lesson, cross_validate, distillation_loss
+from ctsma.distillation.baseline import ALPHAS, fit_ridge, read_ridge
 from ctsma.distillation.checkpoints import Progress
 from ctsma.distillation.training import _spread_loss, fold_of, train
 from ctsma.networks import build
 from ctsma.patches import Patches
 
-ARMS = ["hu_regression", "mr_teacher", "ct_only", "ct_ruler", "ct_sma", "ct_sma_plus"]
+ARMS = ["hu_regression", "ruler_regression", "mr_teacher", "ct_only", "ct_residual", "ct_sma", "ct_sma_plus"]
 TINY = {"epochs": 1, "widths": (4, 4, 8), "batch_size": 8, "precision": "float32"}
 
 
@@ -228,12 +233,13 @@ def faulty(patches, **changes):
 def test_bad_input_is_refused_with_a_sentence(patches, tmp_path):
     holed = patches.ct.copy()
     holed[4, 3, 2, 1] = np.nan
-    flat = patches.table.assign(bv_tv=0.3)
+    flat, unruled = patches.table.assign(bv_tv=0.3), patches.table.assign(cortex_tibia_hu=np.inf)
     run = lambda p, s, settings=TINY, arms=("ct_only",): cross_validate(p, s, arms, settings, [0], tmp_path)  # noqa: E731
     splits = splits_of(patches)
     crowded = pd.concat([splits, splits.assign(subject_id="x", fold=range(8, 16))])
     for fault, call in {
         "not finite in ct": lambda: run(faulty(patches, ct=holed), splits),
+        "not finite in ruler": lambda: run(faulty(patches, table=unruled), splits),
         "no variance of bv_tv": lambda: run(faulty(patches, table=flat), splits),
         "no fold for subject": lambda: run(patches, splits.iloc[1:]),
         "folds for 8 subjects": lambda: run(patches, crowded),
@@ -256,8 +262,10 @@ def test_knees_without_mr_are_read_by_the_networks_of_their_folds(trained, patch
         patches.ct[rows],
         patches.voi[rows],
     )
-    found = distillation.predict_unpaired(bare, splits_of(patches), ["ct_only", "ct_ruler", "mr_teacher"], [3], folder)
-    assert set(found["arm"]) == {"ct_only", "ct_ruler"}
+    found = distillation.predict_unpaired(
+        bare, splits_of(patches), ["ct_only", "ct_residual", "mr_teacher"], [3], folder
+    )
+    assert set(found["arm"]) == {"ct_only", "ct_residual"}
     both = found.merge(predictions, on=["arm", "fold", "knee_id", "patch_id"], suffixes=("", "_paired"))
     assert len(both) == 2 * len(rows)
     for name in BIOMARKERS:
@@ -294,7 +302,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(patches, tmp_path):
     settings = distillation.Settings(**TINY | {"epochs": 3})
     examples = distillation.prepare(patches, detail=False)
     fold = fold_of(examples, splits_of(patches), 0, 0, settings)
-    options = examples, fold, 0, settings, False
+    options = examples, fold, 0, settings
     whole, curves = train("student", {}, None, *options)
 
     class Cut(Progress):
@@ -322,11 +330,29 @@ def test_the_ruler_is_seen_by_the_arms_that_have_one_and_by_no_other(patches, tm
     other = Patches(longer, patches.mr, patches.ct, patches.voi)
     examples = [distillation.prepare(p, detail=False) for p in (patches, other)]
     settings = distillation.Settings(**TINY)
-    fold = fold_of(examples[0], splits_of(patches), 0, 0, settings)
-    for ruler in (False, True):
-        model, _ = train("student", {}, None, examples[0], fold, 0, settings, ruler)
+    for ruled in (False, True):
+        fold = fold_of(examples[0], splits_of(patches), 0, 0, settings, ruled)
+        model, _ = train("student", {}, None, examples[0], fold, 0, settings)
         a, b = (distillation.predict(model, "student", e, fold.test, fold.scale, settings) for e in examples)
-        assert np.array_equal(a, b) != ruler
+        assert np.array_equal(a, b) != ruled
+
+
+def test_the_ridge_is_the_one_of_scikit_learn_and_a_ruled_student_starts_from_it(patches):
+    examples, subjects = distillation.prepare(patches, detail=False), patches.table["subject_id"].to_numpy(str)
+    x, y, own = examples.features, examples.targets, subjects != subjects[0]
+    pipeline, grid = make_pipeline(StandardScaler(), Ridge()), {"ridge__alpha": ALPHAS}
+    search = GridSearchCV(pipeline, grid, cv=GroupKFold(5), scoring="neg_mean_squared_error")
+    wanted = np.column_stack([search.fit(x[own], t[own], groups=subjects[own]).predict(x) for t in y.T])
+    weights = fit_ridge(x[own], y[own], subjects[own])
+    np.testing.assert_allclose(read_ridge(weights, x), wanted, rtol=1e-9)
+    settings = distillation.Settings(**TINY)
+    fold = fold_of(examples, splits_of(patches), 0, 0, settings, ruled=True)
+    silent = build("student", "compact", torch.Generator().manual_seed(0), (4, 4, 8), ruler=True).eval()
+    for parameter in silent.head.parameters():
+        torch.nn.init.zeros_(parameter)
+    found = distillation.predict(silent, "student", examples, fold.test, fold.scale, settings)
+    ridge = read_ridge(np.array(fold.scale["ridge"]), x[fold.test]).clip(fold.scale["low"], fold.scale["high"])
+    np.testing.assert_allclose(found, ridge, rtol=1e-5)
 
 
 def test_the_predicted_spread_learns_from_errors_and_leaves_predictions_alone():

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -18,17 +19,23 @@ from ctsma.cohort import BIOMARKERS, InputFault, content_key, source_sha256
 from ctsma.cohort.provenance import versions
 from ctsma.patches import MR_SPACING_MM, Patches, ruler_hu
 
-from .baseline import ct_features, hu_regression
+from .baseline import N_HU, hu_regression, ridge_features
 from .checkpoints import Progress, load_model, save_model
 from .training import SAVE_SECONDS, Examples, Fold, Settings, estimate, fold_of, relative_mr, train
 
-RIDGE, TEACHER = "hu_regression", "mr_teacher"
+RIDGES = {"hu_regression": N_HU, "ruler_regression": None}  # columns of `Examples.features` that each sees
+TEACHER = "mr_teacher"
 
 
 def recipes_of(arm: str, settings: Settings) -> list[dict[str, float]]:
-    """Recipes (term -> weight, see `TERMS`) that an arm tries; the one of least validation error is kept."""
+    """Recipes (term -> weight, see `TERMS`) that an arm tries; the one of least validation error is kept.
+
+    Arms: hu_regression, ruler_regression, mr_teacher, ct_only, ct_sma, ct_residual, ct_sma_plus, names of
+    `settings.ablations`. InputFault for any other.
+    """
     sma = [{"feature_l1": gamma} for gamma in settings.gammas]
-    known = {RIDGE: [], TEACHER: [{}], "ct_only": [{}], "ct_ruler": [{}], "ct_sma": sma, "ct_sma_plus": [settings.plus]}
+    known = dict.fromkeys(RIDGES, []) | {TEACHER: [{}], "ct_only": [{}], "ct_sma": sma}
+    known |= {"ct_residual": [{}], "ct_sma_plus": [settings.plus]}
     known |= {name: [recipe] for name, recipe in settings.ablations.items()}
     if arm not in known:
         raise InputFault("arms", f"hold {arm!r}", f"choose among {', '.join(known)}")
@@ -51,7 +58,7 @@ def cross_validate(
     ----------
     patches : usable patches with their MR reference biomarkers.
     splits : subject_id, fold.
-    arms : hu_regression, mr_teacher, ct_only, ct_ruler, ct_sma, ct_sma_plus, or names of `settings.ablations`.
+    arms : of `recipes_of`.
     settings : `Settings`, or a mapping of its fields.
     seeds : each trains every network once, with its own initial weights, batches, augmentation, validation subjects
         and teacher.
@@ -62,7 +69,7 @@ def cross_validate(
     Returns
     -------
     DataFrame: arm, fold, seed, knee_id, subject_id, patch_id, the four biomarkers, predicted, and their predicted
-    <biomarker>_sd (NaN for the ridge).
+    <biomarker>_sd (NaN for a ridge).
     Raises InputFault: NaN in patches, subject without fold, fold without variance or with too few subjects.
     """
     settings = _checked(settings, patches, splits)
@@ -99,19 +106,17 @@ def predict_unpaired(
     -------
     DataFrame as of `cross_validate`. The network of a subject's fold never saw the subject, nor its other knee.
     """
-    unknown = np.full((len(patches.table), len(BIOMARKERS)), np.nan)
-    ct, ruler = patches.ct.astype(np.float32), ruler_hu(patches.table)
-    examples = Examples(patches.table, unknown, ct, patches.mr, patches.voi, ruler, None)
-    folds, parts = splits.set_index("subject_id")["fold"].loc[patches.table["subject_id"]].to_numpy(), []
-    networks = [arm for arm in arms if arm not in (RIDGE, TEACHER)]
+    table = patches.table.assign(**dict.fromkeys(BIOMARKERS, np.nan))
+    examples = prepare(replace(patches, table=table), detail=False)
+    folds, parts = splits.set_index("subject_id")["fold"].loc[table["subject_id"]].to_numpy(), []
+    networks = [arm for arm in arms if arm not in (*RIDGES, TEACHER)]
     for arm, fold, seed in product(networks, np.unique(folds), seeds):
         model, record = load_model(Path(folder) / f"{arm}_fold{fold}_seed{seed}")
         own, settings = np.flatnonzero(folds == fold), Settings(**record["settings"])
         found = estimate(model, record["role"], examples, own, record["scale"], settings)
-        parts.append(_predicted(patches.table.iloc[own], arm, fold, seed, *found))
-    return (
-        pd.concat(parts, ignore_index=True) if parts else _predicted(patches.table[:0], "", 0, 0, unknown[:0], np.nan)
-    )
+        parts.append(_predicted(table.iloc[own], arm, fold, seed, *found))
+    nothing = _predicted(table[:0], "", 0, 0, table.loc[:, list(BIOMARKERS)][:0], np.nan)
+    return pd.concat(parts, ignore_index=True) if parts else nothing
 
 
 def _predicted(rows: pd.DataFrame, arm: str, fold: int, seed: int, values: np.ndarray, spread) -> pd.DataFrame:
@@ -131,7 +136,7 @@ def over_seeds(predictions: pd.DataFrame) -> pd.DataFrame:
 
 
 def _once(arm: str, seed: int, seeds: Sequence[int]) -> bool:
-    return arm != RIDGE or seed == seeds[0]  # the ridge has nothing to draw
+    return arm not in RIDGES or seed == seeds[0]  # a ridge has nothing to draw
 
 
 def prepare(patches: Patches, detail: bool) -> Examples:
@@ -140,25 +145,26 @@ def prepare(patches: Patches, detail: bool) -> Examples:
     if detail:
         fraction = np.nan_to_num(bone_volume_fraction(mr, region, MR_SPACING_MM)).astype(np.float16)
     targets, ct = patches.table[list(BIOMARKERS)].to_numpy(float), patches.ct.astype(np.float32)
-    return Examples(patches.table, targets, ct, relative_mr(mr, region), region, ruler_hu(patches.table), fraction)
+    ruler = ruler_hu(patches.table)
+    features = ridge_features(ct, region, ruler)
+    return Examples(patches.table, targets, ct, relative_mr(mr, region), region, ruler, features, fraction)
 
 
 def _arm_in_fold(
     examples: Examples, splits: pd.DataFrame, settings: Settings, folder: Path, key: str, arm: str, fold: int, seed: int
 ) -> pd.DataFrame:
     torch.set_num_threads(1)  # a fold is a process: threads would only contend, and change the last bits
-    parts = fold_of(examples, splits, fold, seed, settings)
-    if arm == RIDGE:
-        predicted = _ridge(examples, parts), np.nan
+    parts = fold_of(examples, splits, fold, seed, settings, arm in settings.ruled)
+    if arm in RIDGES:
+        predicted = _ridge(examples, parts, RIDGES[arm]), np.nan
     else:
         model, record = _trained(examples, parts, settings, seed, folder, key, arm)
         predicted = estimate(model, record["role"], examples, parts.test, record["scale"], settings)
     return _predicted(examples.table.iloc[parts.test], arm, fold, seed, *predicted)
 
 
-def _ridge(examples: Examples, fold: Fold) -> np.ndarray:
-    training = np.concatenate([fold.fit, fold.validation])
-    features = ct_features(examples.ct, examples.voi)
+def _ridge(examples: Examples, fold: Fold, n_columns: int | None) -> np.ndarray:
+    training, features = np.concatenate([fold.fit, fold.validation]), examples.features[:, :n_columns]
     subjects = examples.table["subject_id"].to_numpy(str)[training]
     return hu_regression(features[training], examples.targets[training], subjects, features[fold.test])
 
@@ -174,19 +180,19 @@ def _trained(
         return load_model(stem, {"key": key})
     except InputFault:  # none there, or another one: train
         pass
-    teacher, role, ruler = None, "teacher" if arm == TEACHER else "student", arm in settings.ruled
+    teacher, role = None, "teacher" if arm == TEACHER else "student"
     if _needs_teacher(recipes):
         teacher = load_model(folder / f"{TEACHER}_fold{fold.number}_seed{seed}")[0].requires_grad_(False)
     kept = [Progress(stem.with_name(f"{stem.name}_{n}"), f"{key}-{n}", SAVE_SECONDS) for n in range(len(recipes))]
     trials = [
-        train(role, recipe, teacher, examples, fold, seed, settings, ruler, progress)
+        train(role, recipe, teacher, examples, fold, seed, settings, progress)
         for recipe, progress in zip(recipes, kept, strict=True)
     ]
     errors = [float(curves["validation_mse"].iloc[-1]) for _, curves in trials]
     best = int(np.argmin(errors))
     subjects = examples.table["subject_id"].to_numpy(str)
     record = {"key": key, "arm": arm, "role": role, "fold": fold.number, "seed": seed}
-    record |= {"recipe": recipes[best], "ruler": ruler}
+    record |= {"recipe": recipes[best]}
     record |= {"subjects": {p: np.unique(subjects[getattr(fold, p)]).tolist() for p in ("fit", "validation", "test")}}
     record |= {"scale": fold.scale, "validation_mse": errors, "settings": settings.model_dump()}
     record |= {"protocol_sha256": settings.protocol_sha256, "packages": versions()}
@@ -219,7 +225,8 @@ def _checked(settings: Settings | Mapping, patches: Patches, splits: pd.DataFram
         raise InputFault("splits", f"have no fold for subject {', '.join(missing[:3])}", "make the splits again")
     if n_folds > len(subjects):
         raise InputFault("splits", f"have {n_folds} folds for {len(subjects)} subjects", "use fewer folds")
-    arrays = {"mr": patches.mr, "ct": patches.ct, "reference": patches.table[list(BIOMARKERS)].to_numpy(float)}
+    arrays = {"mr": patches.mr, "ct": patches.ct, "ruler": ruler_hu(patches.table)}
+    arrays["reference"] = patches.table[list(BIOMARKERS)].to_numpy(float)
     for name, values in arrays.items():
         if len(bad := np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(1))):
             where = "patch {1} of knee {0}".format(*patches.table.iloc[bad[0]][["knee_id", "patch_id"]])

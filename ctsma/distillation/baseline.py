@@ -9,12 +9,13 @@ from sklearn.preprocessing import StandardScaler
 
 LAGS = {1: (1, 2), 2: (1, 2, 3, 4), 3: (1, 2, 3, 4)}  # voxels along slices, rows, columns: to 1.75 mm (our choice)
 BOXES = (2, 3, 5)  # in-plane voxels of the band-pass filters (our choice)
+N_HU = 48  # columns of `ct_features`
 LAYERS = 4  # of depth below the joint surface (our choice)
 ALPHAS = np.logspace(-1, 4, 11)  # ridge strengths tried (our choice)
 
 
 def ct_features(ct: np.ndarray, voi: np.ndarray) -> np.ndarray:
-    """Statistics of the trabecular region of CT patches (n, 12, 24, 24) HU; voi (n, 12, 48, 48) bool: (n, 48) float64.
+    """Statistics of the trabecular region of CT patches (n, 12, 24, 24) HU; voi (n, 12, 48, 48) bool: (n, N_HU).
 
     Mean, SD, shape, percentiles, share covered; autocorrelation and mean absolute difference along each axis and lag;
     energy in bands of in-plane frequency; level and SD by depth.
@@ -57,14 +58,34 @@ def _layers(centred: np.ndarray, weight: np.ndarray) -> list[np.ndarray]:
     return [column for level, square in levels for column in (level, np.sqrt(np.maximum(square - level**2, 0)))]
 
 
-def hu_regression(features: np.ndarray, targets: np.ndarray, subjects: np.ndarray, unseen: np.ndarray) -> np.ndarray:
-    """Ridge per biomarker, its strength by cross-validation over subjects inside the training fold.
+def ridge_features(ct: np.ndarray, voi: np.ndarray, ruler_hu: np.ndarray) -> np.ndarray:
+    """`ct_features`, then the knee's ruler (n,) HU, one over it, and the mean HU over it: (n, N_HU + 3)."""
+    features = ct_features(ct, voi)
+    return np.column_stack([features, ruler_hu, 1000 / ruler_hu, features[:, 0] / ruler_hu])
 
-    features (n, k), targets (n, 4), subjects (n,) of the training fold; unseen (m, k). Returns predictions (m, 4),
-    kept within the range of the targets as the networks' are.
+
+def fit_ridge(features: np.ndarray, targets: np.ndarray, subjects: np.ndarray) -> np.ndarray:
+    """Ridge per target, its strength by cross-validation over subjects: (k + 1, m) weights, the intercepts first.
+
+    features (n, k), targets (n, m), subjects (n,) of the training fold.
     """
     groups = GroupKFold(min(5, len(np.unique(subjects))))
-    ridge, grid = make_pipeline(StandardScaler(), Ridge()), {"ridge__alpha": ALPHAS}
-    search = GridSearchCV(ridge, grid, cv=groups, scoring="neg_mean_squared_error")
-    predictions = np.column_stack([search.fit(features, t, groups=subjects).predict(unseen) for t in targets.T])
-    return predictions.clip(targets.min(0), targets.max(0))
+    pipeline, grid = make_pipeline(StandardScaler(), Ridge()), {"ridge__alpha": ALPHAS}
+    search = GridSearchCV(pipeline, grid, cv=groups, scoring="neg_mean_squared_error")
+    scaler, columns = StandardScaler().fit(features), []
+    for target in targets.T:
+        ridge = search.fit(features, target, groups=subjects).best_estimator_["ridge"]
+        weights = ridge.coef_ / scaler.scale_
+        columns.append([ridge.intercept_ - weights @ scaler.mean_, *weights])
+    return np.transpose(columns)
+
+
+def read_ridge(weights: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Estimates (n, m) of the ridge with weights (k + 1, m) from features (n, k)."""
+    return weights[0] + features @ weights[1:]
+
+
+def hu_regression(features: np.ndarray, targets: np.ndarray, subjects: np.ndarray, unseen: np.ndarray) -> np.ndarray:
+    """Estimates (m, 4) of `fit_ridge` for unseen (m, k), kept within the range of the targets as the networks' are."""
+    found = read_ridge(fit_ridge(features, targets, subjects), unseen)
+    return found.clip(targets.min(0), targets.max(0))

@@ -43,8 +43,8 @@ def load_model(stem: str | Path, expected: dict | None = None) -> tuple[nn.Modul
     if not weights.exists() or sha256_file(weights) != record.get("weights_sha256"):
         raise InputFault(weights, "is missing or damaged", "run the stage again, which trains it anew")
     settings = record["settings"]
-    ruler, widths = record.get("ruler", False), tuple(settings["widths"])
-    model = build(record["role"], settings["size"], torch.Generator(), widths, ruler)
+    ruled, widths = "ridge" in record["scale"], tuple(settings["widths"])
+    model = build(record["role"], settings["size"], torch.Generator(), widths, ruled)
     model.load_state_dict(load_file(weights))
     return model.to(settings["device"], memory_format=torch.channels_last_3d).eval(), record
 

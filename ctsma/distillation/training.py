@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ctsma.cohort import BIOMARKERS, InputFault
 from ctsma.networks import WIDTHS, build, build_detail_head
 
+from .baseline import fit_ridge, read_ridge
 from .checkpoints import Progress
 from .losses import Lesson, distillation_loss
 
@@ -39,7 +40,7 @@ class Settings(BaseModel):
     gammas: tuple[float, ...] = (0.01, 0.1)  # of ct_sma; the best on validation subjects is kept, fold by fold
     plus: dict[str, float] = {"local_evidence": 0.3}  # recipe of ct_sma_plus
     ablations: dict[str, dict[str, float]] = {}  # further arms: name -> recipe
-    ruled: tuple[str, ...] = ("ct_ruler", "ct_sma_plus", "ct_oracle")  # arms whose CT comes with its ruler
+    ruled: tuple[str, ...] = ("ct_residual", "ct_sma_plus")  # arms that correct the ridge; their CT has its ruler
     augment: bool = True  # flips for every network, CT physics for every CT network
     device: str = "cpu"
     precision: str = Field("auto", pattern="^(auto|float32|bfloat16)$")
@@ -56,6 +57,7 @@ class Examples:
     mr: ndarray  # (n, 12, 48, 48) over its bright marrow
     voi: ndarray  # (n, 12, 48, 48) bool
     ruler: ndarray  # (n,) HU of the knee's own dense cortex, mean of both bones
+    features: ndarray  # (n, N_HU + 3) of `ridge_features`
     bone_fraction: ndarray | None  # (n, 12, 48, 48), where a recipe asks for detail
 
 
@@ -67,7 +69,7 @@ class Fold:
     fit: ndarray
     validation: ndarray
     test: ndarray
-    scale: dict[str, list[float]]  # ct and mr: mean, SD; low and high: range of each target
+    scale: dict[str, list]  # ct and mr: mean, SD; low and high: range of each target; ridge: weights, if ruled
 
 
 def relative_mr(mr: ndarray, voi: ndarray) -> ndarray:
@@ -76,7 +78,9 @@ def relative_mr(mr: ndarray, voi: ndarray) -> ndarray:
     return (mr / np.maximum(marrow, 1e-6)[:, None, None, None]).astype(np.float16)
 
 
-def fold_of(examples: Examples, splits: pd.DataFrame, number: int, seed: int, settings: Settings) -> Fold:
+def fold_of(
+    examples: Examples, splits: pd.DataFrame, number: int, seed: int, settings: Settings, ruled: bool = False
+) -> Fold:
     """Divide rows by subject into fit, validation and test. InputFault: too few subjects, a biomarker all equal."""
     subjects = examples.table["subject_id"].to_numpy(str)
     folds = splits.set_index("subject_id")["fold"].loc[np.unique(subjects)]
@@ -86,17 +90,21 @@ def fold_of(examples: Examples, splits: pd.DataFrame, number: int, seed: int, se
         raise InputFault(f"fold {number}", "has too few subjects to train, validate and test", "use fewer folds")
     parts = training[held_out:], training[:held_out], folds.index[folds == number].to_numpy(str)
     rows = [np.flatnonzero(np.isin(subjects, part)) for part in parts]
-    return Fold(number, *rows, scale_of(examples, rows[0], number))
+    return Fold(number, *rows, scale_of(examples, rows[0], number, ruled))
 
 
-def scale_of(examples: Examples, fit: ndarray, number: int) -> dict[str, list[float]]:
+def scale_of(examples: Examples, fit: ndarray, number: int, ruled: bool = False) -> dict[str, list]:
     """`Fold.scale` of the fitting rows. InputFault, which names the fold's number: a biomarker all equal."""
     low, high = examples.targets[fit].min(0), examples.targets[fit].max(0)
     if flat := [name for name, width in zip(BIOMARKERS, high - low, strict=True) if not width > 0]:
         raise InputFault(f"fold {number}", f"has no variance of {', '.join(flat)}", "use more knees or fewer folds")
     images = {name: getattr(examples, name)[fit].astype(np.float32) for name in ("ct", "mr")}
     scale = {name: [float(v.mean(dtype=float)), float(v.std(dtype=float))] for name, v in images.items()}
-    return scale | {"low": low.tolist(), "high": high.tolist()}
+    scale |= {"low": low.tolist(), "high": high.tolist()}
+    if ruled:
+        subjects = examples.table["subject_id"].to_numpy(str)[fit]
+        scale["ridge"] = fit_ridge(examples.features[fit], examples.targets[fit], subjects).tolist()
+    return scale
 
 
 def batch_of(
@@ -107,8 +115,9 @@ def batch_of(
     rng: np.random.Generator | None = None,
     with_mr: bool = True,
 ) -> dict[str, Tensor]:
-    """`student` (B, 3, ...), `teacher` (B, 2, ...), `target` (B, 4) in 0..1, `bone_fraction`; with rng augmented.
+    """`student` (B, 3, ...), `teacher` (B, 2, ...), `start` and `target` (B, 4) in 0..1, `bone_fraction`.
 
+    With rng augmented. `start` is the ridge's estimate, to which a ruled student adds; else zero.
     The student's channels: HU, bone mask, HU over the ruler. CT and MR are flipped alike, along slices and columns,
     never rows: depth below the joint has a direction. Nobody waits for a `teacher` input that is not asked for.
     """
@@ -120,8 +129,10 @@ def batch_of(
     scaled = {n: (image - scale[n][0]) / scale[n][1] for n, image in (read | {"ct": hu}).items() if n in ("ct", "mr")}
     share = hu / torch.from_numpy(examples.ruler[rows].astype(np.float32)).view(-1, 1, 1, 1) / FULL_SCALE - 1
     low, high = np.array(scale["low"]), np.array(scale["high"])
-    target = torch.from_numpy(((examples.targets[rows] - low) / (high - low)).astype(np.float32))
-    batch = {"student": torch.stack([scaled["ct"], functional.avg_pool2d(read["voi"], 2), share], 1), "target": target}
+    ridge = read_ridge(np.array(scale["ridge"]), examples.features[rows]).clip(low, high) if "ridge" in scale else low
+    values = {"target": examples.targets[rows], "start": np.broadcast_to(ridge, (len(rows), len(low)))}
+    batch = {n: torch.from_numpy(((v - low) / (high - low)).astype(np.float32)) for n, v in values.items()}
+    batch["student"] = torch.stack([scaled["ct"], functional.avg_pool2d(read["voi"], 2), share], 1)
     batch |= {"teacher": torch.stack([scaled["mr"], read["voi"]], 1)} if with_mr else {}
     batch |= {n: read[n] for n in names if n == "bone_fraction"}
     return {name: tensor.to(device) for name, tensor in batch.items()}
@@ -145,21 +156,19 @@ def train(
     fold: Fold,
     seed: int,
     settings: Settings,
-    ruler: bool = False,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, pd.DataFrame]:
     """Train one network: MSE of the scaled biomarkers + the recipe's terms; AdamW, one cycle of the learning rate.
 
     Returns the network with the running average of its weights at the end, and its curves: epoch, fit_mse,
     fit_distillation, validation_mse. The epoch is not chosen: a dozen validation subjects choose by luck, and the
-    learning rate ends at zero. Arms of a fold and seed share initial weights, batches and augmentation. `progress`
-    keeps an unfinished training, which then goes on to the same bits.
+    learning rate ends at zero. Arms of a fold and seed share initial weights, batches and augmentation; a student whose
+    fold has a ridge learns what that leaves over. `progress` keeps an unfinished training, which goes on to the same
+    bits.
     """
-    generator, rng = (
-        torch.Generator().manual_seed(seed * 1000 + fold.number),
-        np.random.default_rng([seed, fold.number]),
-    )
-    modules = _networks(role, recipe, settings, ruler, generator)
+    generator = torch.Generator().manual_seed(seed * 1000 + fold.number)
+    rng = np.random.default_rng([seed, fold.number])
+    modules = _networks(role, recipe, settings, "ridge" in fold.scale, generator)
     optimizer = torch.optim.AdamW(modules.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
     n_batches = max(1, round(len(fold.fit) / settings.batch_size))
     decay = 1 - 1 / (1 + EMA_EPOCHS * n_batches)
@@ -167,16 +176,14 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.epochs * n_batches
     )
+    options = settings.device, rng if settings.augment else None, role == "teacher" or teacher is not None
     parts = {"modules": modules, "average": average, "optimizer": optimizer, "schedule": schedule}
     curves = progress.resume(parts, rng) if progress else []
     for epoch in range(len(curves), settings.epochs):
         modules.train()
         losses = np.zeros(2)
         for rows in np.array_split(rng.permutation(fold.fit), n_batches):
-            drawn = rng if settings.augment else None
-            batch = batch_of(
-                examples, rows, fold.scale, settings.device, drawn, role == "teacher" or teacher is not None
-            )
+            batch = batch_of(examples, rows, fold.scale, *options)
             with autocast(settings):
                 error, taught, spread = _losses(modules, role, teacher, batch, recipe)
             optimizer.zero_grad()
@@ -203,10 +210,13 @@ def _networks(role: str, recipe: dict, settings: Settings, ruler: bool, generato
 def _losses(modules: nn.ModuleList, role: str, teacher, batch: dict, recipe: dict) -> tuple[Tensor, Tensor, Tensor]:
     model, x = modules[0], batch[role]
     prediction, maps = model(x)
+    prediction = prediction + batch["start"]
     with torch.no_grad():
         taught = teacher(batch["teacher"]) if teacher is not None else (None, None)
     logits = modules[1](maps[0]) if len(modules) > 1 else None
-    local = (model.evidence(maps[-1]), teacher.evidence(taught[1][-1])) if recipe.get("local_evidence") else None
+    local = None
+    if recipe.get("local_evidence"):
+        local = model.evidence(maps[-1]) + batch["start"][..., None, None, None], teacher.evidence(taught[1][-1])
     lesson = Lesson(prediction, maps, *taught, batch["student"][:, 1:2], logits, batch.get("bone_fraction"), local)
     error = prediction - batch["target"]
     return error.square().mean(), distillation_loss(lesson, recipe), _spread_loss(model, maps, x, error.detach())
@@ -232,9 +242,9 @@ def estimate(
     values, spreads, low, width = [], [], np.array(scale["low"]), np.subtract(scale["high"], scale["low"])
     for part in np.array_split(rows, max(1, round(len(rows) / 64))):
         with torch.no_grad(), autocast(settings):
-            x = batch_of(examples, part, scale, settings.device, with_mr=role == "teacher")[role]
-            prediction, maps = model(x)
-            values.append(prediction.double().cpu().numpy())
+            batch = batch_of(examples, part, scale, settings.device, with_mr=role == "teacher")
+            prediction, maps = model(x := batch[role])
+            values.append((prediction + batch["start"]).double().cpu().numpy())
             if model.spread is not None:
                 log_variance = model.spread(model.pooled(maps[-1], x[:, 1:2])).float().clamp(-12, 2)
                 spreads.append(torch.exp(0.5 * log_variance).double().cpu().numpy())

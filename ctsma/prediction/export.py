@@ -32,19 +32,7 @@ LEVEL = 0.90  # of the intervals; the study's own
 PERCENTILES = np.arange(0, 101, 5)
 CHECK_MEANS_HU, CHECK_SD_HU = (250.0, 350.0, 450.0, 600.0), 150.0  # patches of noise, about bone's HU (our choice)
 CHECK_SIGMAS, CHECK_RULER_HU = (0.7, 1.0, 1.5, 2.0), 1400.0  # their smoothness in pixels; ruler (our choice)
-KEPT = (
-    "key",
-    "arm",
-    "role",
-    "fold",
-    "seed",
-    "recipe",
-    "ruler",
-    "scale",
-    "validation_mse",
-    "protocol_sha256",
-    "packages",
-)
+KEPT = ("key", "arm", "role", "fold", "seed", "recipe", "scale", "validation_mse", "protocol_sha256", "packages")
 KEPT += ("weights_sha256",)
 KEY = ["knee_id", "patch_id"]
 
@@ -193,7 +181,9 @@ def _training(run: Run, found: pd.DataFrame, agreement: dict) -> dict:
 
 def _metrics(arm: str, agreement: dict, diagnosis: dict) -> dict:
     """What the study reports of this arm, and of those beside it that a user should know of; nothing is computed."""
-    beside = [name for name in ("hu_regression", "ct_only") if name in agreement["icc"] and name != arm]
+    beside = [
+        name for name in ("hu_regression", "ruler_regression", "ct_only") if name in agreement["icc"] and name != arm
+    ]
     metrics = {"icc": agreement["icc"][arm], "icc_beside": {name: agreement["icc"][name]["mean"] for name in beside}}
     metrics |= {"icc_truth": agreement.get("icc_truth", {}).get(arm), "ceiling": agreement.get("ceiling")}
     metrics |= {"auc": diagnosis.get("auc", {}).get(arm)}
