@@ -107,9 +107,9 @@ def icc_table(
 def icc_gains(
     predictions: pd.DataFrame, reference: pd.DataFrame, pairs: Sequence, rng: Generator, n_resamples: int = 2000
 ) -> pd.DataFrame:
-    """`bootstrap_icc_difference` of the mean ICC for each pair (arm, other arm) that is there, on all patches.
+    """`bootstrap_icc_difference` for each pair (arm, other arm) that is there, on all patches, by biomarker and mean.
 
-    Frames as for `icc_table`. Returns arm, against, difference, ci_low, ci_high, p.
+    Frames as for `icc_table`. Returns arm, against, biomarker, difference, ci_low, ci_high, p.
     """
     key, columns = ["knee_id", "patch_id"], list(BIOMARKERS)
     known = {arm: rows.set_index(key)[columns] for arm, rows in predictions.groupby("arm", sort=False)}
@@ -117,9 +117,10 @@ def icc_gains(
     target = reference.set_index(key).loc[index]
     rows = []
     for a, b in [(a, b) for a, b in pairs if a in known and b in known]:
-        both = known[a].loc[index], known[b].loc[index]
-        found = bootstrap_icc_difference(target[columns], *both, target["subject_id"], rng, n_resamples)
-        rows.append({"arm": a, "against": b} | found)
+        for name, own in {"mean": columns, **{column: [column] for column in columns}}.items():
+            both = known[a].loc[index, own], known[b].loc[index, own]
+            found = bootstrap_icc_difference(target[own], *both, target["subject_id"], rng, n_resamples)
+            rows.append({"arm": a, "against": b, "biomarker": name} | found)
     return pd.DataFrame(rows)
 
 
