@@ -242,7 +242,7 @@ def knowledge(examples: Examples, subjects: pd.DataFrame, ids: np.ndarray) -> di
     """Mean ICC of the ridge when it is also told the knee's HU of full bone, its MR's susceptibility, or both."""
     own = examples.table["knee_id"].to_numpy(str)
     rows = np.flatnonzero(np.isin(own, ids))
-    features, with_ruler = examples.features[rows, : distillation.N_HU], examples.features[rows, distillation.N_HU :]
+    features, with_ruler = np.split(examples.features[rows], [-distillation.N_RULER], axis=1)
     constants, people = simulation.load_protocol(), subjects.set_index("knee_id", drop=False)
     drawn = {
         k: make_subject(people.loc[k].to_dict(), constants, [SEED, zlib.crc32(k.encode())], None).drawn for k in ids

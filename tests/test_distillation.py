@@ -326,10 +326,13 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(patches, tmp_path):
 
 
 def test_the_ruler_is_seen_by_the_arms_that_have_one_and_by_no_other(patches, tmp_path):
-    longer = patches.table.assign(cortex_femur_hu=2000.0)
+    longer = patches.table.assign(cortex_femur_hu=np.linspace(900, 2000, len(patches.table)))
     other = Patches(longer, patches.mr, patches.ct, patches.voi)
     examples = [distillation.prepare(p, detail=False) for p in (patches, other)]
     settings = distillation.Settings(**TINY)
+    for arm, same in (("hu_regression", True), ("ruler_regression", False)):
+        a, b = (cross_validate(p, splits_of(patches), [arm], TINY, [0], tmp_path)["bv_tv"] for p in (patches, other))
+        assert np.array_equal(a, b) == same
     for ruled in (False, True):
         fold = fold_of(examples[0], splits_of(patches), 0, 0, settings, ruled)
         model, _ = train("student", {}, None, examples[0], fold, 0, settings)

@@ -19,11 +19,11 @@ from ctsma.cohort import BIOMARKERS, InputFault, content_key, source_sha256
 from ctsma.cohort.provenance import versions
 from ctsma.patches import MR_SPACING_MM, Patches, ruler_hu
 
-from .baseline import N_HU, hu_regression, ridge_features
+from .baseline import N_RULER, hu_regression, ridge_features
 from .checkpoints import Progress, load_model, save_model
 from .training import SAVE_SECONDS, Examples, Fold, Settings, estimate, fold_of, relative_mr, train
 
-RIDGES = {"hu_regression": N_HU, "ruler_regression": None}  # columns of `Examples.features` that each sees
+RIDGES = {"hu_regression": -N_RULER, "ruler_regression": None}  # last column of `Examples.features` that each sees
 TEACHER = "mr_teacher"
 
 

@@ -9,13 +9,13 @@ from sklearn.preprocessing import StandardScaler
 
 LAGS = {1: (1, 2), 2: (1, 2, 3, 4), 3: (1, 2, 3, 4)}  # voxels along slices, rows, columns: to 1.75 mm (our choice)
 BOXES = (2, 3, 5)  # in-plane voxels of the band-pass filters (our choice)
-N_HU = 48  # columns of `ct_features`
+N_RULER = 3  # last columns of `ridge_features`, which need the ruler
 LAYERS = 4  # of depth below the joint surface (our choice)
 ALPHAS = np.logspace(-1, 4, 11)  # ridge strengths tried (our choice)
 
 
 def ct_features(ct: np.ndarray, voi: np.ndarray) -> np.ndarray:
-    """Statistics of the trabecular region of CT patches (n, 12, 24, 24) HU; voi (n, 12, 48, 48) bool: (n, N_HU).
+    """Statistics of the trabecular region of CT patches (n, 12, 24, 24) HU; voi (n, 12, 48, 48) bool: (n, 45).
 
     Mean, SD, shape, percentiles, share covered; autocorrelation and mean absolute difference along each axis and lag;
     energy in bands of in-plane frequency; level and SD by depth.
@@ -59,7 +59,7 @@ def _layers(centred: np.ndarray, weight: np.ndarray) -> list[np.ndarray]:
 
 
 def ridge_features(ct: np.ndarray, voi: np.ndarray, ruler_hu: np.ndarray) -> np.ndarray:
-    """`ct_features`, then the knee's ruler (n,) HU, one over it, and the mean HU over it: (n, N_HU + 3)."""
+    """`ct_features`, then the knee's ruler (n,) HU, one over it, and the mean HU over it: (n, 45 + N_RULER)."""
     features = ct_features(ct, voi)
     return np.column_stack([features, ruler_hu, 1000 / ruler_hu, features[:, 0] / ruler_hu])
 

@@ -57,7 +57,7 @@ class Examples:
     mr: ndarray  # (n, 12, 48, 48) over its bright marrow
     voi: ndarray  # (n, 12, 48, 48) bool
     ruler: ndarray  # (n,) HU of the knee's own dense cortex, mean of both bones
-    features: ndarray  # (n, N_HU + 3) of `ridge_features`
+    features: ndarray  # (n, 45 + N_RULER) of `ridge_features`
     bone_fraction: ndarray | None  # (n, 12, 48, 48), where a recipe asks for detail
 
 

@@ -57,13 +57,13 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Familiar:
-    """Where training patches lie among `ct_features`: centre (48,) and whitening (48, 48)."""
+    """Where training patches lie among `ct_features`: centre (45,) and whitening (45, 45)."""
 
     centre: ndarray
     whitening: ndarray
 
     def distance(self, ct: ndarray, voi: ndarray) -> ndarray:
-        """Mahalanobis distance over sqrt(48) of patches (n, 12, 24, 24) HU, voi (n, 12, 48, 48): (n,), about 1."""
+        """Mahalanobis distance over sqrt(45) of patches (n, 12, 24, 24) HU, voi (n, 12, 48, 48): (n,), about 1."""
         scaled = (ct_features(ct, voi) - self.centre) @ self.whitening
         return np.sqrt((scaled**2).mean(axis=1))
 
