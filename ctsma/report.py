@@ -14,12 +14,12 @@ from .cohort import BIOMARKERS, InputFault, write_text
 PAPER = yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text())
 ARMS = {
     "hu_regression": "HU ridge regression",
-    "ruler_regression": "ridge regression with the ruler",
+    "ruler_regression": "HU ridge regression with ruler",
     "ct_only": "CT network alone",
     "ct_sma": "CT network, distilled (CT-SMA)",
-    "ct_residual": "that ridge + CT network",
-    "ct_sma_plus": "that ridge + CT network, distilled (ours)",
-    "ct_oracle": "that ridge + CT network, ten times the knees",
+    "ct_residual": "ridge with ruler + CT network",
+    "ct_sma_plus": "ridge with ruler + CT network, distilled (ours)",
+    "ct_oracle": "ridge with ruler + CT network, ten times the knees",
     "mr_teacher": "MR network (upper bound)",
     "mr_reference": "MR reference itself",
 }
