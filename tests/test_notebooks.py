@@ -25,7 +25,7 @@ HEADER = {
     "packages",
     "seconds",
 }
-CT_ARMS = ("hu_regression", "ct_only", "ct_sma", "ct_sma_plus")
+CT_ARMS = ("hu_regression", "ruler_regression", "ct_only", "ct_residual", "ct_sma", "ct_sma_plus")
 
 
 def ctsma(*arguments, cwd):
@@ -92,6 +92,11 @@ def test_agreement_numbers(tiny):
         for name in (*BIOMARKERS, "mean"):
             value = found["icc"][arm][name]
             assert -1 <= value["ci_low"] <= value["icc"] <= value["ci_high"] <= 1, (arm, name)
+    whole = [row | {"biomarker": "mean"} for row in found["gain"].values()]
+    for row in [*whole, *found["gain_by_biomarker"]]:
+        one, other = (found["icc"][row[side]][row["biomarker"]]["icc"] for side in ("arm", "against"))
+        assert row["difference"] == pytest.approx(one - other, abs=1e-9)
+    assert len(found["gain_by_biomarker"]) == len(BIOMARKERS) * len(report.GAINS)
     assert set(found["ceiling"]) == set(BIOMARKERS)
     assert "mr_reference" in found["icc_truth"]
     assert set(found["definitions"]) == {"plate", "direct", "paper"}
