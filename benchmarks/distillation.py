@@ -50,7 +50,7 @@ WEIGHTS = {"feature_correlation": 0.1, "attention": 1.0, "relation": 0.1, "predi
 N_UNPAIRED = 160  # CT-only knees beside the 80 paired ones
 PARTS = "oracle", "knowledge", "learning", "terms", "frequency"
 BLUR_MM = (0.0, 0.25, 0.5, 1.0, 2.0)  # SD in plane
-NETWORKS = cohort.source_sha256("ctsma.networks")  # a part says which networks it was measured with
+CODE = cohort.source_sha256("ctsma.distillation")  # a part says with which networks and training it was measured
 OUT = Path(__file__).parents[1] / "docs" / "results" / "distillation_evidence.json"
 
 
@@ -170,7 +170,7 @@ def keep(part: str, found: dict) -> None:
     """Write one part beside the others."""
     content = json.loads(OUT.read_text()) if OUT.exists() else {}
     content |= {"protocol_sha256": simulation.protocol_sha256(), "seed": SEED}
-    content["networks_sha256"] = content.get("networks_sha256", {}) | {part: NETWORKS}
+    content["code_sha256"] = content.get("code_sha256", {}) | {part: CODE}
     cohort.write_json(OUT, content | {part: found})
 
 
