@@ -9,8 +9,9 @@ used to choose settings and are left out. Writes docs/results/distillation_evide
 - `oracle`: the CT network trained on ten times the knees, on the patches of a run: the limit of this CT;
 - `knowledge`: ridge on HU statistics that is also told what no CT shows: where the error comes from;
 - `learning`: gain of the teacher over the student alone, and over the student on the ridge, by number of paired knees,
-  on other knees (`curve`); the same with a teacher that sees another patch, was never trained, or sees MR shifted by
-  2 mm (`controls`); our gain in thirds of the test knees (`by_kernel`, `by_noise`);
+  on other knees (`curve`), and of ours as a whole over the ridge (`over_ridge`); the same with a teacher that sees
+  another patch, was never trained, or sees MR shifted by 2 mm (`controls`); our gain in thirds of the test knees
+  (`by_kernel`, `by_noise`);
 - `terms`: every term of the loss, the ridge below the network, a committee of teachers and CT-only knees, one at a
   time at 80 knees; remove the part from the file to measure it again;
 - `frequency`: the run's own networks on its test patches, their CT blurred more and more: in which details of the CT
@@ -43,9 +44,9 @@ SIZES, N_TEST, N_TOLD = (10, 20, 40, 80), 200, 240
 ORACLE_EPOCHS = 16  # 9 times the steps of the study's arms
 SHIFT_VOXELS = (3, 9, 9)  # slices, rows, columns of the MR: 2.25, 2 and 2 mm
 PUBLISHED = {"feature_l1": {"feature_l1": 0.1}, "feature_l1, gamma 0.01": {"feature_l1": 0.01}}
-RIDGED, OURS = "on the ridge", "on the ridge, local_evidence"
+RIDGE, RIDGED, OURS = "ruler ridge", "on the ridge", "on the ridge, local_evidence"
 EVIDENCE = {"local_evidence": 0.3}
-GAINS = [(name, "alone") for name in PUBLISHED] + [(RIDGED, "alone"), (OURS, RIDGED)]  # of the learning curve
+GAINS = [(name, "alone") for name in PUBLISHED] + [(RIDGE, "alone"), (RIDGED, RIDGE), (OURS, RIDGED)]  # of the curve
 WEIGHTS = {"feature_correlation": 0.1, "attention": 1.0, "relation": 0.1, "prediction": 1.0, "detail": 0.1}  # untuned
 N_UNPAIRED = 160  # CT-only knees beside the 80 paired ones
 PARTS = "oracle", "knowledge", "learning", "terms", "frequency"
@@ -98,8 +99,10 @@ def at_size(examples: Examples, knees: np.ndarray, test: np.ndarray, size: int, 
         recipes |= dict.fromkeys(wrong, PUBLISHED["feature_l1"])
         on_ridge |= {f"{RIDGED}, {name}": EVIDENCE for name in wrong}
     ridged = fold_over(examples, fold.fit, test, ruled=True)
-    plain = students(examples, fold, recipes, teachers, seeds, settings.epochs)
-    return plain | students(examples, ridged, on_ridge, teachers, seeds, settings.epochs)
+    found = students(examples, fold, recipes, teachers, seeds, settings.epochs)
+    x, people = examples.features, examples.table["subject_id"].to_numpy(str)
+    found[RIDGE] = distillation.hu_regression(x[fold.fit], examples.targets[fold.fit], people[fold.fit], x[test])
+    return found | students(examples, ridged, on_ridge, teachers, seeds, settings.epochs)
 
 
 class Committee(nn.Module):
@@ -323,10 +326,11 @@ def learning(examples: Examples, ids: np.ndarray, seeds: list[int], n_jobs: int)
         f"{a} - {b}": {str(n): gain(examples, test, known[a], known[b]) for n, known in found.items()} for a, b in GAINS
     }
     largest, scanner = found[SIZES[-1]], scanner_of(ids[-N_TEST:])
-    wrong = [name for name in largest if name not in {"alone", *PUBLISHED, RIDGED, OURS}]
+    wrong = [name for name in largest if name not in {"alone", *PUBLISHED, RIDGE, RIDGED, OURS}]
     base = {name: RIDGED if name.startswith(RIDGED) else "alone" for name in wrong}
     controls = {name: gain(examples, test, largest[name], largest[base[name]]) for name in wrong}
     parts = {f"by_{name}": thirds(examples, test, largest, scanner[name]) for name in ("kernel", "noise")}
+    parts["over_ridge"] = {str(n): gain(examples, test, known[OURS], known[RIDGE]) for n, known in found.items()}
     losses = PUBLISHED | {OURS: EVIDENCE}
     return {"curve": curve, "controls": controls, "losses": losses, "training_seeds": len(seeds)} | parts
 

@@ -14,7 +14,7 @@ LABELS = {"bv_tv": "BV/TV", "tb_th_mm": "Tb.Th (mm)", "tb_sp_mm": "Tb.Sp (mm)", 
 COLOURS = {
     "hu_regression": "#999999",
     "ct_only": "#E69F00",
-    "ruler_regression": "#D55E00",
+    "ruler_regression": "#555555",
     "ct_residual": "#F0E442",
     "ct_sma": "#0072B2",
     "ct_sma_plus": "#009E73",
