@@ -114,7 +114,7 @@ def origin(results: str | Path) -> str:
     """One line that says what run the numbers come from."""
     cohort = _read(results, "cohort")
     keys = f"protocol {cohort['protocol_sha256'][:12]}, seed {cohort['seed']}, commit {cohort['git_commit'][:12]}"
-    return f"Profile `{cohort['profile']}`, {cohort['n_knees']} knees, {keys}."
+    return f"Profile {cohort['profile']}, {cohort['n_knees']} knees, {keys}."
 
 
 def _interval(value: dict, name: str) -> str:
