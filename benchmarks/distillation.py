@@ -158,7 +158,8 @@ def terms(folder: Path, ids: np.ndarray, seeds: list[int], n_jobs: int) -> dict:
     about |= {"weights": WEIGHTS | EVIDENCE}
     found, baseline = known("terms").get("gain", {}), read_by(alone, examples, test, fold.scale)
     for name in [name for name in tried if name not in found]:
-        guess = read_by(each_seed("student", **tried[name]), examples, test, fold.scale)
+        scale = tried[name].get("where", fold).scale  # on the ridge, this holds it
+        guess = read_by(each_seed("student", **tried[name]), examples, test, scale)
         found[name] = gain(examples, test, guess, baseline)
         keep("terms", about | {"gain": found})  # an hour's work in pieces: what is written is not done again
     return about | {"gain": found}
