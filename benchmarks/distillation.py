@@ -157,6 +157,11 @@ def terms(folder: Path, ids: np.ndarray, seeds: list[int], n_jobs: int) -> dict:
     about = {"n_knees": len(own), "n_unpaired": len(more), "training_seeds": len(seeds)}
     about |= {"weights": WEIGHTS | EVIDENCE}
     found, baseline = known("terms").get("gain", {}), read_by(alone, examples, test, fold.scale)
+    people = examples.table["subject_id"].to_numpy(str)
+    ridge = distillation.hu_regression(
+        examples.features[fit], examples.targets[fit], people[fit], examples.features[test]
+    )
+    found[RIDGE] = gain(examples, test, ridge, baseline)
     for name in [name for name in tried if name not in found]:
         scale = tried[name].get("where", fold).scale  # on the ridge, this holds it
         guess = read_by(each_seed("student", **tried[name]), examples, test, scale)
@@ -212,12 +217,19 @@ def frequency(run: Path) -> dict:
 
 
 def gain(examples: Examples, rows: np.ndarray, a: np.ndarray, b: np.ndarray) -> dict:
-    """Mean ICC of both, and their paired difference with a subject-bootstrap interval."""
+    """Mean ICC of both, and their paired difference with a subject-bootstrap interval.
+
+    Also the mean correlation of both with the reference, and their squared error over its variance: an ICC can be
+    raised by order or by spread.
+    """
     reference, subjects = examples.targets[rows], examples.table["subject_id"].to_numpy()[rows]
     rng = np.random.default_rng(SEED)
     found = agreement.bootstrap_icc_difference(reference, a, b, subjects, rng)
-    means = [np.mean([agreement.icc(reference[:, j], e[:, j])["icc"] for j in range(4)]) for e in (a, b)]
-    return {"icc": means[0], "icc_alone": means[1], "n_knees": len(set(subjects))} | found
+    for name, e in (("", a), ("_alone", b)):
+        found[f"icc{name}"] = np.mean([agreement.icc(reference[:, j], e[:, j])["icc"] for j in range(4)])
+        found[f"correlation{name}"] = np.mean([np.corrcoef(reference[:, j], e[:, j])[0, 1] for j in range(4)])
+        found[f"relative_error{name}"] = (((e - reference) ** 2).mean(0) / reference.var(0)).mean()
+    return found | {"n_knees": len(set(subjects))}
 
 
 def scanner_of(knee_ids: np.ndarray) -> pd.DataFrame:
