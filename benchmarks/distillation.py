@@ -76,6 +76,12 @@ def read_by(models: list[nn.Module], examples: Examples, rows: np.ndarray, scale
     return np.mean([distillation.predict(m, "student", examples, rows, scale, settings) for m in models], axis=0)
 
 
+def by_ridge(examples: Examples, fold: Fold) -> np.ndarray:
+    """Estimates (n_test, 4) of the ridge on HU statistics and ruler."""
+    x, people = examples.features, examples.table["subject_id"].to_numpy(str)
+    return distillation.hu_regression(x[fold.fit], examples.targets[fold.fit], people[fold.fit], x[fold.test])
+
+
 def at_size(examples: Examples, knees: np.ndarray, test: np.ndarray, size: int, seeds: list[int]) -> dict:
     """Predictions on the test rows of every arm trained on `size` knees; at the largest size the controls too."""
     torch.set_num_threads(1)
@@ -100,8 +106,7 @@ def at_size(examples: Examples, knees: np.ndarray, test: np.ndarray, size: int, 
         on_ridge |= {f"{RIDGED}, {name}": EVIDENCE for name in wrong}
     ridged = fold_over(examples, fold.fit, test, ruled=True)
     found = students(examples, fold, recipes, teachers, seeds, settings.epochs)
-    x, people = examples.features, examples.table["subject_id"].to_numpy(str)
-    found[RIDGE] = distillation.hu_regression(x[fold.fit], examples.targets[fold.fit], people[fold.fit], x[test])
+    found[RIDGE] = by_ridge(examples, fold)
     return found | students(examples, ridged, on_ridge, teachers, seeds, settings.epochs)
 
 
@@ -157,11 +162,7 @@ def terms(folder: Path, ids: np.ndarray, seeds: list[int], n_jobs: int) -> dict:
     about = {"n_knees": len(own), "n_unpaired": len(more), "training_seeds": len(seeds)}
     about |= {"weights": WEIGHTS | EVIDENCE}
     found, baseline = known("terms").get("gain", {}), read_by(alone, examples, test, fold.scale)
-    people = examples.table["subject_id"].to_numpy(str)
-    ridge = distillation.hu_regression(
-        examples.features[fit], examples.targets[fit], people[fit], examples.features[test]
-    )
-    found[RIDGE] = gain(examples, test, ridge, baseline)
+    found[RIDGE] = gain(examples, test, by_ridge(examples, fold), baseline)
     for name in [name for name in tried if name not in found]:
         scale = tried[name].get("where", fold).scale  # on the ridge, this holds it
         guess = read_by(each_seed("student", **tried[name]), examples, test, scale)
