@@ -169,8 +169,8 @@ def ranges(ax: Axes, found: pd.DataFrame, other: pd.DataFrame, title: str) -> Ax
 
 
 def curves(ax: Axes, table: pd.DataFrame, y: str, title: str) -> Axes:
-    """Loss against epoch: one thin line a fold, coloured by arm; `table` has arm, fold, epoch and `y`."""
-    for arm, lines in table.groupby("arm", sort=False):
+    """Loss against epoch: one thin line a fold, coloured by arm; `table` has arm, fold, epoch, `y` (NaN: not seen)."""
+    for arm, lines in table.dropna(subset=[y]).groupby("arm", sort=False):
         for number, (_, line) in enumerate(lines.groupby("fold")):
             label = arm if number == 0 else None
             ax.plot(line["epoch"], line[y], color=COLOURS.get(arm, "#0072B2"), linewidth=1, alpha=0.7, label=label)

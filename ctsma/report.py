@@ -25,7 +25,7 @@ ARMS = {
 }
 GAINS = [("ct_only", "hu_regression"), ("ct_sma", "ct_only"), ("ruler_regression", "hu_regression")]
 GAINS += [("ct_residual", "ruler_regression"), ("ct_sma_plus", "ct_residual"), ("ct_sma_plus", "ct_only")]
-GAINS += [("ct_sma_plus", "hu_regression"), ("ct_sma_plus", "ruler_regression")]
+GAINS += [("ct_sma_plus", "hu_regression"), ("ct_sma_plus", "ruler_regression"), ("ct_oracle", "ct_sma_plus")]
 MEASURES = *BIOMARKERS, "mean"
 LABELS = {"bv_tv": "BV/TV", "tb_th_mm": "Tb.Th", "tb_sp_mm": "Tb.Sp", "tb_n_per_mm": "Tb.N"}
 STYLE = """

@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 from ctsma import distillation
 from ctsma.cohort import BIOMARKERS, InputFault
-from ctsma.distillation import Lesson, cross_validate, distillation_loss
+from ctsma.distillation import Lesson, cross_validate, distillation_loss, training
 from ctsma.distillation.baseline import ALPHAS, fit_ridge, read_ridge
 from ctsma.distillation.checkpoints import Progress
 from ctsma.distillation.training import _spread_loss, fold_of, train
@@ -356,6 +356,32 @@ def test_the_ridge_is_the_one_of_scikit_learn_and_a_ruled_student_starts_from_it
     found = distillation.predict(silent, "student", examples, fold.test, fold.scale, settings)
     ridge = read_ridge(np.array(fold.scale["ridge"]), x[fold.test]).clip(fold.scale["low"], fold.scale["high"])
     np.testing.assert_allclose(found, ridge, rtol=1e-5)
+
+
+def test_a_teacher_that_is_remembered_teaches_what_it_says(patches, monkeypatch):
+    splits, settings = splits_of(patches), distillation.Settings(**TINY | {"epochs": 4})
+    examples = distillation.prepare(patches, detail=False)
+    fold = fold_of(examples, splits, 0, 3, settings)
+    teacher = (
+        build("teacher", "compact", torch.Generator().manual_seed(0), settings.widths).eval().requires_grad_(False)
+    )
+    memory, asked = training.Memory(teacher, examples, fold, settings), fold.fit[[3, 0, 2]]
+    for flips in ((), (1,), (1, 3)):
+        x = training.batch_of(examples, asked, fold.scale, "cpu", ("teacher",), flips)["teacher"]
+        with torch.no_grad():
+            wanted, maps = teacher(x)
+        said, shown = memory(asked, flips)
+        torch.testing.assert_close(said, wanted)
+        assert len(shown) == len(maps)
+        for a, b in zip(shown, maps, strict=True):
+            torch.testing.assert_close(a, b)
+    options = "student", {"feature_l1": 0.1}, teacher, examples, fold, 3, settings
+    remembered, curves = train(*options)
+    monkeypatch.setattr(training, "MEMORY_BYTES", 0)
+    live, _ = train(*options)
+    for a, b in zip(remembered.state_dict().values(), live.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert curves["validation_mse"].notna().tolist() == [True, False, False, True]
 
 
 def test_the_predicted_spread_learns_from_errors_and_leaves_predictions_alone():

@@ -64,7 +64,7 @@ def test_functions_are_short_and_the_package_is_thin():
     lengths = sorted(len(ast.unparse(_without_docstring(node)).splitlines()) for p in SOURCES for node in functions(p))
     assert lengths[len(lengths) // 2] <= 10
     assert max(lengths) <= 60  # the one long function is the compiled kernel of both scanners
-    assert sum(_code_lines(path) for path in SOURCES) < 6400
+    assert sum(_code_lines(path) for path in SOURCES) < 6500
 
 
 def _without_docstring(node):

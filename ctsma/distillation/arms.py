@@ -76,12 +76,13 @@ def cross_validate(
     recipes = [recipe for arm in arms for recipe in recipes_of(arm, settings)]
     examples = prepare(patches, detail=any("detail" in recipe for recipe in recipes))
     run = partial(_arm_in_fold, examples, splits, settings, Path(folder), _data_key(examples, splits))
-    students = [arm for arm in arms if _needs_teacher(recipes_of(arm, settings))]
-    first = [arm for arm in arms if arm not in students and arm != TEACHER]
-    if students or TEACHER in arms:
-        first.insert(0, TEACHER)
+    cost = {arm: sum(1 + _needs_teacher([recipe]) for recipe in recipes_of(arm, settings)) for arm in arms}
+    order = sorted((arm for arm in arms if arm != TEACHER), key=cost.get, reverse=True)  # the longest first
+    students = [arm for arm in order if _needs_teacher(recipes_of(arm, settings))]
+    alone = [arm for arm in order if arm not in students]
+    first = [TEACHER] if students or TEACHER in arms else []
     found = []
-    for wave in (first, students):  # a student waits for its fold's teacher
+    for wave in (first + alone[:1], students + alone[1:]):  # a student waits for its fold's teacher; nobody idles
         jobs = product(wave, sorted(splits["fold"].unique()), seeds)
         tasks = [joblib.delayed(run)(arm, int(fold), seed) for arm, fold, seed in jobs if _once(arm, seed, seeds)]
         with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
@@ -147,7 +148,8 @@ def prepare(patches: Patches, detail: bool) -> Examples:
     targets, ct = patches.table[list(BIOMARKERS)].to_numpy(float), patches.ct.astype(np.float32)
     ruler = ruler_hu(patches.table)
     features = ridge_features(ct, region, ruler)
-    return Examples(patches.table, targets, ct, relative_mr(mr, region), region, ruler, features, fraction)
+    mask = region.reshape(len(region), 12, 24, 2, 24, 2).mean((3, 5), dtype=np.float32)
+    return Examples(patches.table, targets, ct, relative_mr(mr, region), region, mask, ruler, features, fraction)
 
 
 def _arm_in_fold(

@@ -1,5 +1,6 @@
 """Training: one fold's data and the loop. All randomness comes from generators made of the seed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,11 +9,10 @@ import torch
 from numpy import ndarray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ctsma.cohort import BIOMARKERS, InputFault
-from ctsma.networks import WIDTHS, build, build_detail_head
+from ctsma.networks import ROLES, WIDTHS, build, build_detail_head
 
 from .baseline import fit_ridge, read_ridge
 from .checkpoints import Progress
@@ -22,6 +22,9 @@ HU_RANGE = (-300.0, 1500.0)  # nothing in a patch of bone and joint lies outside
 GAIN_SD, SHIFT_HU, NOISE_HU, BLUR = 0.01, 5.0, 10.0, 0.3  # between scanners: calibration, dose, kernel (our choice)
 EMA_EPOCHS = 2.0  # memory of the running average of weights (our choice)
 FULL_SCALE = 0.25  # share of the cortex's HU that trabecular bone has on the average: centres the channel (our choice)
+FLIPS = 1, 3  # of an image (n, slices, rows, columns); never rows: depth below the joint has a direction
+MEMORY_BYTES = 6e8  # of what a teacher said of the fitting patches (our choice)
+WATCH_EPOCHS = 3  # from one look at the validation subjects to the next; the last epoch is looked at (our choice)
 SAVE_SECONDS = 60.0  # between two savings of an unfinished training (our choice)
 
 
@@ -56,6 +59,7 @@ class Examples:
     ct: ndarray  # (n, 12, 24, 24) HU
     mr: ndarray  # (n, 12, 48, 48) over its bright marrow
     voi: ndarray  # (n, 12, 48, 48) bool
+    mask: ndarray  # (n, 12, 24, 24) share of `voi` in a CT voxel
     ruler: ndarray  # (n,) HU of the knee's own dense cortex, mean of both bones
     features: ndarray  # (n, 45 + N_RULER) of `ridge_features`
     bone_fraction: ndarray | None  # (n, 12, 48, 48), where a recipe asks for detail
@@ -112,30 +116,38 @@ def batch_of(
     rows: ndarray,
     scale: dict,
     device: str,
+    roles: Sequence[str] = ROLES,
+    flips: Sequence[int] = (),
     rng: np.random.Generator | None = None,
-    with_mr: bool = True,
 ) -> dict[str, Tensor]:
-    """`student` (B, 3, ...), `teacher` (B, 2, ...), `start` and `target` (B, 4) in 0..1, `bone_fraction`.
+    """`target`, `start` (B, 4) in 0..1, `bone_fraction`; by role `student` (B, 2 or 3, ...), `teacher` (B, 2, ...).
 
-    With rng augmented. `start` is the ridge's estimate, to which a ruled student adds; else zero.
-    The student's channels: HU, bone mask, HU over the ruler. CT and MR are flipped alike, along slices and columns,
-    never rows: depth below the joint has a direction. Nobody waits for a `teacher` input that is not asked for.
+    `start` is the ridge's estimate, to which a ruled student adds; else zero. The student's channels: HU, bone mask
+    and, if ruled, HU over the ruler. CT and MR are flipped alike; with rng the CT is another scanner's. Nobody waits
+    for the input of a role that is not asked for.
     """
-    flips = [] if rng is None else [axis for axis in (1, 3) if rng.random() < 0.5]
-    names = ["ct", "voi", *(["mr"] if with_mr else [])]
-    names += ["bone_fraction"] if examples.bone_fraction is not None else []
-    read = {n: torch.from_numpy(getattr(examples, n)[rows].astype(np.float32)).flip(flips) for n in names}
-    hu = (read["ct"] if rng is None else augment_ct(read["ct"], rng)).clamp(*HU_RANGE)
-    scaled = {n: (image - scale[n][0]) / scale[n][1] for n, image in (read | {"ct": hu}).items() if n in ("ct", "mr")}
-    share = hu / torch.from_numpy(examples.ruler[rows].astype(np.float32)).view(-1, 1, 1, 1) / FULL_SCALE - 1
+
+    def read(name: str) -> Tensor:
+        return torch.from_numpy(getattr(examples, name)[rows]).float().flip(flips)
+
+    def scaled(name: str, image: Tensor) -> Tensor:
+        return (image - scale[name][0]) / scale[name][1]
+
     low, high = np.array(scale["low"]), np.array(scale["high"])
     ridge = read_ridge(np.array(scale["ridge"]), examples.features[rows]).clip(low, high) if "ridge" in scale else low
     values = {"target": examples.targets[rows], "start": np.broadcast_to(ridge, (len(rows), len(low)))}
     batch = {n: torch.from_numpy(((v - low) / (high - low)).astype(np.float32)) for n, v in values.items()}
-    batch["student"] = torch.stack([scaled["ct"], functional.avg_pool2d(read["voi"], 2), share], 1)
-    batch |= {"teacher": torch.stack([scaled["mr"], read["voi"]], 1)} if with_mr else {}
-    batch |= {n: read[n] for n in names if n == "bone_fraction"}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    batch |= {"bone_fraction": read("bone_fraction")} if examples.bone_fraction is not None else {}
+    images = {}
+    if "student" in roles:
+        hu = (read("ct") if rng is None else augment_ct(read("ct"), rng)).clamp(*HU_RANGE)
+        full = FULL_SCALE * torch.from_numpy(examples.ruler[rows]).float().view(-1, 1, 1, 1)
+        images["student"] = scaled("ct", hu), read("mask"), *([hu / full - 1] if "ridge" in scale else [])
+    if "teacher" in roles:
+        images["teacher"] = scaled("mr", read("mr")), read("voi")
+    layout = {"device": device, "memory_format": torch.channels_last_3d}  # once here, not in every convolution
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    return batch | {role: torch.stack(channels, 1).to(**layout) for role, channels in images.items()}
 
 
 def augment_ct(hu: Tensor, rng: np.random.Generator) -> Tensor:
@@ -145,7 +157,8 @@ def augment_ct(hu: Tensor, rng: np.random.Generator) -> Tensor:
     gain, shift, blur, noise = (torch.from_numpy(d.astype(np.float32)).view(-1, 1, 1, 1) for d in draws)
     for axis in (2, 3):
         hu = hu + blur * ((hu.roll(1, axis) + hu.roll(-1, axis) + 2 * hu) / 4 - hu)
-    return hu * gain + shift + noise * torch.from_numpy(rng.standard_normal(hu.shape, dtype=np.float32))
+    grains = torch.randn(hu.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**62))))
+    return hu * gain + shift + noise * grains
 
 
 def train(
@@ -161,38 +174,43 @@ def train(
     """Train one network: MSE of the scaled biomarkers + the recipe's terms; AdamW, one cycle of the learning rate.
 
     Returns the network with the running average of its weights at the end, and its curves: epoch, fit_mse,
-    fit_distillation, validation_mse. The epoch is not chosen: a dozen validation subjects choose by luck, and the
-    learning rate ends at zero. Arms of a fold and seed share initial weights, batches and augmentation; a student whose
-    fold has a ridge learns what that leaves over. `progress` keeps an unfinished training, which goes on to the same
-    bits.
+    fit_distillation, validation_mse (NaN in epochs after which nobody looked). The epoch is not chosen: a dozen
+    validation subjects choose by luck, and the learning rate ends at zero. Students of a fold and seed share initial
+    weights, batches and augmentation; one whose fold has a ridge learns what that leaves over. `progress` keeps an
+    unfinished training, which goes on to the same bits.
     """
     generator = torch.Generator().manual_seed(seed * 1000 + fold.number)
     rng = np.random.default_rng([seed, fold.number])
     modules = _networks(role, recipe, settings, "ridge" in fold.scale, generator)
-    optimizer = torch.optim.AdamW(modules.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    optimizer = torch.optim.AdamW(modules.parameters(), **rates, fused=True)
     n_batches = max(1, round(len(fold.fit) / settings.batch_size))
     decay = 1 - 1 / (1 + EMA_EPOCHS * n_batches)
     average = AveragedModel(modules[0], multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.epochs * n_batches
-    )
-    options = settings.device, rng if settings.augment else None, role == "teacher" or teacher is not None
+    n_steps = settings.epochs * n_batches
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=n_steps)
+    ask = Memory(teacher, examples, fold, settings) if teacher else lambda *_: (None, None)
+    augmented = rng if settings.augment else None
     parts = {"modules": modules, "average": average, "optimizer": optimizer, "schedule": schedule}
     curves = progress.resume(parts, rng) if progress else []
     for epoch in range(len(curves), settings.epochs):
         modules.train()
         losses = np.zeros(2)
         for rows in np.array_split(rng.permutation(fold.fit), n_batches):
-            batch = batch_of(examples, rows, fold.scale, *options)
+            flips = tuple(axis for axis in FLIPS if settings.augment and rng.random() < 0.5)
+            batch = batch_of(examples, rows, fold.scale, settings.device, (role,), flips, augmented)
+            said, shown = ask(rows, flips)
             with autocast(settings):
-                error, taught, spread = _losses(modules, role, teacher, batch, recipe)
+                error, taught, spread = _losses(modules, batch[role], batch, recipe, teacher, said, shown)
             optimizer.zero_grad()
             (error + taught + spread).backward()
             optimizer.step()
             schedule.step()
             average.update_parameters(modules[0])
             losses += np.array([error.item(), taught.item()]) / n_batches
-        curves.append([epoch, *losses.tolist(), _validation_mse(average.module, role, examples, fold, settings)])
+        seen = (settings.epochs - epoch - 1) % WATCH_EPOCHS == 0
+        error = _validation_mse(average.module, role, examples, fold, settings) if seen else np.nan
+        curves.append([epoch, *losses.tolist(), error])
         if progress:
             progress.keep(parts, rng, curves, finished=epoch + 1 == settings.epochs)
     modules[0].load_state_dict(average.module.state_dict())
@@ -207,17 +225,53 @@ def _networks(role: str, recipe: dict, settings: Settings, ruler: bool, generato
     return modules
 
 
-def _losses(modules: nn.ModuleList, role: str, teacher, batch: dict, recipe: dict) -> tuple[Tensor, Tensor, Tensor]:
-    model, x = modules[0], batch[role]
+class Memory:
+    """What a frozen teacher says of the fitting patches: asked once under each flip, then kept.
+
+    Where that would take more than `MEMORY_BYTES`, it is asked every time.
+    """
+
+    def __init__(self, teacher: nn.Module, examples: Examples, fold: Fold, settings: Settings) -> None:
+        self.options, self.rows, self.said = (teacher, examples, fold.scale, settings), np.sort(fold.fit), {}
+        one = sum(value.nbytes for value in said_by(*self.options, self.rows[:1], ()))
+        self.small = one * len(fold.fit) * 2 ** len(FLIPS) < MEMORY_BYTES
+
+    def __call__(self, rows: ndarray, flips: tuple) -> tuple[Tensor, list[Tensor]]:
+        """Prediction (B, 4) and maps of rows of the examples, all of them among the fitting ones."""
+        if self.small and flips not in self.said:
+            self.said[flips] = said_by(*self.options, self.rows, flips)
+        if self.small:
+            at = torch.from_numpy(np.searchsorted(self.rows, rows)).to(self.said[flips][0].device)
+            values = [value.index_select(0, at) for value in self.said[flips]]
+        else:
+            values = said_by(*self.options, rows, flips)
+        return values[0], [value.movedim(-1, 1) for value in values[1:]]
+
+
+def said_by(
+    teacher: nn.Module, examples: Examples, scale: dict, settings: Settings, rows: ndarray, flips: tuple
+) -> list:
+    """A teacher's prediction (n, 4) and maps (n, slices, rows, columns, C) of rows of the examples, flipped."""
+    parts = []
+    for part in np.array_split(rows, max(1, round(len(rows) / 64))):
+        x = batch_of(examples, part, scale, settings.device, ("teacher",), flips)["teacher"]
+        with torch.no_grad(), autocast(settings):
+            prediction, maps = teacher(x)
+        parts.append([prediction, *(m.movedim(1, -1).contiguous() for m in maps)])
+    return [torch.cat(values) for values in zip(*parts, strict=True)]
+
+
+def _losses(
+    modules: nn.ModuleList, x: Tensor, batch: dict, recipe: dict, teacher, said: Tensor | None, shown: list | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    model = modules[0]
     prediction, maps = model(x)
     prediction = prediction + batch["start"]
-    with torch.no_grad():
-        taught = teacher(batch["teacher"]) if teacher is not None else (None, None)
     logits = modules[1](maps[0]) if len(modules) > 1 else None
     local = None
     if recipe.get("local_evidence"):
-        local = model.evidence(maps[-1]) + batch["start"][..., None, None, None], teacher.evidence(taught[1][-1])
-    lesson = Lesson(prediction, maps, *taught, batch["student"][:, 1:2], logits, batch.get("bone_fraction"), local)
+        local = model.evidence(maps[-1]) + batch["start"][..., None, None, None], teacher.evidence(shown[-1])
+    lesson = Lesson(prediction, maps, said, shown, x[:, 1:2], logits, batch.get("bone_fraction"), local)
     error = prediction - batch["target"]
     return error.square().mean(), distillation_loss(lesson, recipe), _spread_loss(model, maps, x, error.detach())
 
@@ -242,7 +296,7 @@ def estimate(
     values, spreads, low, width = [], [], np.array(scale["low"]), np.subtract(scale["high"], scale["low"])
     for part in np.array_split(rows, max(1, round(len(rows) / 64))):
         with torch.no_grad(), autocast(settings):
-            batch = batch_of(examples, part, scale, settings.device, with_mr=role == "teacher")
+            batch = batch_of(examples, part, scale, settings.device, roles=(role,))
             prediction, maps = model(x := batch[role])
             values.append((prediction + batch["start"]).double().cpu().numpy())
             if model.spread is not None:
