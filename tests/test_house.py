@@ -9,10 +9,13 @@ import tomllib
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
 from ctsma import report
+from ctsma.cohort import BIOMARKERS
 from ctsma.cohort.manifest import SCHEMA
 from ctsma.cohort.provenance import imports
 
@@ -143,6 +146,17 @@ def test_the_readme_table_comes_from_the_published_results(tmp_path):
     readme.write_text((REPOSITORY / "README.md").read_text())
     report.update_readme(readme, REPOSITORY / "docs" / "results" / "quick")
     assert readme.read_text() == (REPOSITORY / "README.md").read_text()
+
+
+def test_the_oracle_estimated_the_published_cohort_patch_by_patch():
+    results = REPOSITORY / "docs" / "results"
+    rows = pd.read_csv(results / "distillation_oracle.csv", dtype={"knee_id": "str"})
+    evidence = json.loads((results / "distillation_evidence.json").read_text())
+    found = json.loads((results / "quick" / "agreement.json").read_text())
+    assert evidence["oracle"]["manifest_sha256"] == found["manifest_sha256"]
+    assert len(rows) == found["bland_altman"]["ct_sma_plus"]["bv_tv"]["n"]
+    assert not rows.duplicated(["knee_id", "patch_id"]).any() and np.isfinite(rows[list(BIOMARKERS)]).all(axis=None)
+    assert "ct_oracle" in found["icc"] and "ct_oracle_vs_ct_sma_plus" in found["gain"]
 
 
 def test_no_file_names_a_machine():
