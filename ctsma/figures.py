@@ -118,9 +118,8 @@ def bland_altman(
     ax.scatter((reference + estimate) / 2, estimate - reference, s=6, alpha=0.5, color=colour, edgecolors="none")
     for name, style in (("bias", "-"), ("loa_low", "--"), ("loa_high", "--")):
         ax.axhline(limits[name], color="black", linewidth=0.9, linestyle=style)
-        ax.annotate(
-            f"{limits[name]:.3f}", (1, limits[name]), xycoords=("axes fraction", "data"), fontsize=7, ha="right"
-        )
+        at, above = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}, (-3, 2)
+        ax.annotate(f"{limits[name]:.3f}", (1, limits[name]), above, **at, fontsize=7, ha="right")
     ax.set(xlabel="mean of both", ylabel="estimate - reference", title=title)
     return ax
 
