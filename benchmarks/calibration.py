@@ -33,8 +33,21 @@ OUT = PROTOCOL.with_name("calibration.json")
 KEPT = ("severity_", "kl_")  # the label itself and what it depends on; all else of `disease` is an effect
 
 
-def scanned(knee: dict, folder: Path, *, seed: int, per: int, truths: int, rescans: int, protocol: str | None) -> dict:
-    """Scan and measure the patches of one knee; files as `patches.true_patches` writes them."""
+def scanned(
+    knee: dict,
+    folder: Path,
+    *,
+    seed: int,
+    per: int,
+    truths: int,
+    rescans: int,
+    protocol: str | None,
+    displaced_mm: float = 0.0,
+) -> dict:
+    """Scan and measure the patches of one knee; files as `patches.true_patches` writes them.
+
+    With `displaced_mm` every bone's MR is taken beside its place, by up to that much, in a direction drawn for it.
+    """
     constants, streams = simulation.load_protocol(protocol), [seed, zlib.crc32(knee["knee_id"].encode())]
     subject, names = make_subject(knee, constants, streams, None), ["ct", "mr"]
     names += ["mr_rescan"] if int(knee["knee_id"][1:]) < rescans else []
@@ -45,11 +58,14 @@ def scanned(knee: dict, folder: Path, *, seed: int, per: int, truths: int, resca
     table.insert(0, "patch_id", np.arange(len(table)))
     table = table.assign(knee_id=knee["knee_id"], subject_id=knee["subject_id"])
     arrays, rng = {name: [] for name in (*names, "voi")}, np.random.default_rng([*streams, 8])
+    off = displacements(displaced_mm, np.random.default_rng([*streams, 10]))
     for row in table.to_dict("records"):
         bone, centre = row["compartment"].split("_")[0], (row["x"], row["y"], row["z"])
         arrays["voi"].append(patches.trabecular_region(labels, bone, centre, knee["side"]))
         for name in names:
             move = rigid_transform(poses[name][bone] @ np.linalg.inv(poses["ct"][bone]))
+            if name == "mr":
+                move.SetTranslation(np.add(move.GetTranslation(), off[bone]).tolist())
             field = np.multiply(patches.CT_SHAPE, patches.CT_SPACING_MM) + MARGIN_MM[name]
             grid = make_grid(field, grids[name].spacing, grids[name].direction, np.array(move.TransformPoint(centre)))
             image, _ = scans.scan(subject, poses[name], grid, name, drawn[name], rng)
@@ -64,6 +80,13 @@ def scanned(knee: dict, folder: Path, *, seed: int, per: int, truths: int, resca
     truth = Truth({}, {}, labels, {}, poses["ct"], subject.tile, subject.bones, subject.cysts)
     patches.write_truth(folder, folder, knee, truth, truths, np.random.default_rng([*streams, 9]))
     return {"n_patches": len(table), "n_flagged": int((table["flag"] != "").sum())}
+
+
+def displacements(largest_mm: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A shift (3,) in mm for every bone: any direction, length from 0 to the largest."""
+    directions = rng.standard_normal((len(cohort.BONES), 3))
+    sizes = rng.uniform(0, largest_mm, len(directions)) / np.linalg.norm(directions, axis=1)
+    return dict(zip(cohort.BONES, sizes[:, None] * directions, strict=True))
 
 
 def shafts(subject, poses: dict, grid, drawn: dict, labels: sitk.Image, rng: np.random.Generator) -> dict:

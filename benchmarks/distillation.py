@@ -15,6 +15,8 @@ used to choose settings and are left out. Writes docs/results/distillation_evide
   (`by_kernel`, `by_noise`);
 - `terms`: every term of the loss, the ridge below the network, a committee of teachers and CT-only knees, one at a
   time at 80 knees; remove the part from the file to measure it again;
+- `weights`: the same 80 knees, each bone's MR taken up to 2 mm beside its place (`displaced`) or in place (`aligned`):
+  what is gained by seeing a pair as often as its images match, judged in place;
 - `frequency`: the run's own networks on its test patches, their CT blurred more and more: in which details of the CT
   lies what an arm knows?
 """
@@ -30,19 +32,22 @@ import joblib
 import numpy as np
 import pandas as pd
 import torch
-from calibration import scanned
+from calibration import displacements, scanned
 from scipy import ndimage
 from torch import nn
 
 from ctsma import agreement, cohort, distillation, networks, patches, simulation
 from ctsma.cohort import BIOMARKERS
-from ctsma.distillation.training import Examples, Fold, scale_of, train
+from ctsma.distillation.examples import Examples, Fold, scale_of, weights_of
+from ctsma.distillation.training import Memory, train
 from ctsma.simulation import knees as scans
 from ctsma.simulation.subject import make_subject
 
 SEED, FIRST, LAST = 2000, 137, 880  # of the knees; the first 137 chose settings
 SIZES, N_TEST, N_TOLD = (10, 20, 40, 80), 200, 240
 ORACLE_EPOCHS = 16  # 9 times the steps of the study's arms
+DISPLACED_MM, CLASSES_MM = 2.0, (0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # largest, of a bone's MR; shown in classes
+SCANS = {"seed": SEED, "per": 4, "truths": 0, "rescans": 0, "protocol": None}
 SHIFT_VOXELS = (3, 9, 9)  # slices, rows, columns of the MR: 2.25, 2 and 2 mm
 PUBLISHED = {"feature_l1": {"feature_l1": 0.1}, "feature_l1, gamma 0.01": {"feature_l1": 0.01}}
 RIDGE, RIDGED, OURS = "ruler ridge", "on the ridge", "on the ridge, local_evidence"
@@ -50,15 +55,16 @@ EVIDENCE = {"local_evidence": 0.3}
 GAINS = [(name, "alone") for name in PUBLISHED] + [(RIDGE, "alone"), (RIDGED, RIDGE), (OURS, RIDGED)]  # of the curve
 WEIGHTS = {"feature_correlation": 0.1, "attention": 1.0, "relation": 0.1, "prediction": 1.0, "detail": 0.1}  # untuned
 N_UNPAIRED = 160  # CT-only knees beside the 80 paired ones
-PARTS = "oracle", "knowledge", "learning", "terms", "frequency"
+PARTS = "oracle", "knowledge", "learning", "terms", "weights", "frequency"
+NEEDED = {"weights": lambda ids: np.r_[ids[: SIZES[-1]], ids[-N_TEST:]], "frequency": lambda ids: ids[:1]}  # of knees
 BLUR_MM = (0.0, 0.25, 0.5, 1.0, 2.0)  # SD in plane
 CODE = cohort.source_sha256("ctsma.distillation")  # a part says with which networks and training it was measured
 OUT = Path(__file__).parents[1] / "docs" / "results" / "distillation_evidence.json"
 
 
-def fold_over(examples: Examples, fit: np.ndarray, test: np.ndarray, ruled: bool = False) -> Fold:
+def fold_over(examples: Examples, fit: np.ndarray, test: np.ndarray, ruled: bool = False, weights=None) -> Fold:
     """Rows to fit and to predict; a few test rows watch the fit and choose nothing."""
-    return Fold(0, fit, test[:32], test, scale_of(examples, fit, 0, ruled))
+    return Fold(0, fit, test[:32], test, scale_of(examples, fit, 0, ruled, weights), weights)
 
 
 def students(examples: Examples, fold: Fold, recipes: dict, teachers: dict, seeds, epochs: int) -> dict:
@@ -66,7 +72,8 @@ def students(examples: Examples, fold: Fold, recipes: dict, teachers: dict, seed
     settings, found = distillation.Settings(epochs=epochs), {}
     for name, recipe in recipes.items():
         seen, taught = teachers.get(name, (examples, {}))
-        models = [train("student", recipe, taught.get(s), seen, fold, s, settings) for s in seeds]
+        said = {s: Memory(teacher, seen, fold, settings) for s, teacher in taught.items()}
+        models = [train("student", recipe, said.get(s), seen, fold, s, settings) for s in seeds]
         found[name] = read_by([model for model, _ in models], examples, fold.test, fold.scale)
     return found
 
@@ -185,10 +192,69 @@ def keep(part: str, found: dict) -> None:
     cohort.write_json(OUT, content | {part: found})
 
 
-def one_thread(*options) -> nn.Module:
+def one_thread(role: str, recipe: dict, teacher, examples: Examples, fold: Fold, seed: int, settings) -> nn.Module:
     """`train` in a process of one thread; the network alone."""
     torch.set_num_threads(1)
-    return train(*options)[0]
+    said = Memory(teacher, examples, fold, settings) if teacher else None
+    return train(role, recipe, said, examples, fold, seed, settings)[0]
+
+
+def weights(folder: Path, ids: np.ndarray, everyone: pd.DataFrame, seeds: list[int], n_jobs: int) -> dict:
+    """What weighing pairs by their match adds, where many are displaced and where none is; the match by distance."""
+    own, test, beside = ids[: SIZES[-1]], ids[-N_TEST:], folder / "displaced"
+    moved = everyone[everyone["knee_id"].isin(own)]
+    cohort.map_knees(scanned, moved, beside, SCANS | {"displaced_mm": DISPLACED_MM}, n_jobs=n_jobs, report=print)
+    about = {"n_knees": len(own), "training_seeds": len(seeds), "largest_mm": DISPLACED_MM}
+    judged, found = only(patches.load_patches(folder), test), {}
+    for name, source in {"displaced": beside, "aligned": folder}.items():
+        data = only(patches.load_patches(source), own)
+        n, examples = len(data.table), distillation.prepare(joined(data, judged), detail=False)
+        matches = weights_of(examples, np.arange(n), 0)
+        about |= {"match": by_distance(data.table, matches)} if name == "displaced" else {}
+        with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
+            tasks = [joblib.delayed(weighed)(examples, w, seeds) for w in (matches, np.ones(n))]
+            by_match, alike = joblib.Parallel()(tasks)
+        rows = np.arange(n, len(examples.table))
+        found[name] = {arm: gain(examples, rows, by_match[arm], alike[arm]) for arm in alike}
+    return about | {"gain": found}
+
+
+def weighed(examples: Examples, matches: np.ndarray, seeds: list[int]) -> dict:
+    """Estimates of students whose pairs, the first rows, weigh as given; the teacher's MR is always in place."""
+    torch.set_num_threads(1)
+    fit, test = np.split(np.arange(len(examples.table)), [len(matches)])
+    plain, ridged = (fold_over(examples, fit, test, ruled, matches) for ruled in (False, True))
+    settings, own = distillation.Settings(), replace(plain, weights=None)
+    teacher = {s: train("teacher", {}, None, examples, own, s, settings)[0].requires_grad_(False) for s in seeds}
+    taught, options = dict.fromkeys([*PUBLISHED, OURS], (examples, teacher)), (seeds, settings.epochs)
+    found = students(examples, plain, {"alone": {}} | PUBLISHED, taught, *options)
+    return found | students(examples, ridged, {RIDGED: {}, OURS: EVIDENCE}, taught, *options)
+
+
+def by_distance(table: pd.DataFrame, matches: np.ndarray) -> list[dict]:
+    """Match of displaced patches by how far their bone's MR was moved: quartiles in classes of distance."""
+    rows = []
+    for knee_id, compartment in zip(table["knee_id"], table["compartment"], strict=True):
+        drawn = displacements(DISPLACED_MM, np.random.default_rng([SEED, zlib.crc32(knee_id.encode()), 10]))
+        rows.append(np.linalg.norm(drawn[compartment.split("_")[0]]))
+    classes = pd.Series(matches).groupby(pd.cut(rows, CLASSES_MM))
+    found = [(c, group.describe()) for c, group in classes]
+    return [
+        {"from_mm": c.left, "to_mm": c.right, "n_patches": int(d["count"])} | {q: d[q] for q in ("25%", "50%", "75%")}
+        for c, d in found
+    ]
+
+
+def only(data: patches.Patches, knee_ids: np.ndarray) -> patches.Patches:
+    """Patches of the named knees."""
+    rows = np.flatnonzero(data.table["knee_id"].isin(knee_ids))
+    return patches.Patches(data.table.iloc[rows].reset_index(drop=True), data.mr[rows], data.ct[rows], data.voi[rows])
+
+
+def joined(a: patches.Patches, b: patches.Patches) -> patches.Patches:
+    """Patches of both, one after the other."""
+    images = (np.concatenate([getattr(data, name) for data in (a, b)]) for name in ("mr", "ct", "voi"))
+    return patches.Patches(pd.concat([a.table, b.table], ignore_index=True), *images)
 
 
 def frequency(run: Path) -> dict:
@@ -221,16 +287,14 @@ def frequency(run: Path) -> dict:
 def gain(examples: Examples, rows: np.ndarray, a: np.ndarray, b: np.ndarray) -> dict:
     """Mean ICC of both, and their paired difference with a subject-bootstrap interval.
 
-    Also the mean correlation of both with the reference, and their squared error over its variance: an ICC can be
-    raised by order or by spread.
+    Also `order_and_error` of both: an ICC can be raised by order or by spread.
     """
     reference, subjects = examples.targets[rows], examples.table["subject_id"].to_numpy()[rows]
     rng = np.random.default_rng(SEED)
     found = agreement.bootstrap_icc_difference(reference, a, b, subjects, rng)
     for name, e in (("", a), ("_alone", b)):
         found[f"icc{name}"] = np.mean([agreement.icc(reference[:, j], e[:, j])["icc"] for j in range(4)])
-        found[f"correlation{name}"] = np.mean([np.corrcoef(reference[:, j], e[:, j])[0, 1] for j in range(4)])
-        found[f"relative_error{name}"] = (((e - reference) ** 2).mean(0) / reference.var(0)).mean()
+        found |= {f"{key}{name}": value for key, value in agreement.order_and_error(reference, e).items()}
     return found | {"n_knees": len(set(subjects))}
 
 
@@ -313,15 +377,18 @@ def main() -> None:
     )
     given = parser.parse_args()
     everyone = simulation.draw_subjects(simulation.load_protocol(), LAST, SEED)
-    options = {"seed": SEED, "per": 4, "truths": 0, "rescans": 0, "protocol": None}
-    cohort.map_knees(scanned, everyone.iloc[FIRST:], given.folder, options, n_jobs=given.jobs, report=print)
-    examples, seeds = distillation.prepare(patches.load_patches(given.folder), detail=False), list(range(given.seeds))
-    ids = np.random.default_rng(SEED).permutation(np.unique(examples.table["knee_id"].to_numpy(str)))
+    others, seeds = everyone.iloc[FIRST:], list(range(given.seeds))
+    ids = np.random.default_rng(SEED).permutation(np.unique(others["knee_id"].to_numpy(str)))
+    needed = NEEDED.get(given.only, lambda ids: ids)(ids)
+    others = others[others["knee_id"].isin(needed)]
+    cohort.map_knees(scanned, others, given.folder, SCANS, n_jobs=given.jobs, report=print)
+    examples = distillation.prepare(only(patches.load_patches(given.folder), needed), detail=False)
     parts = {
         "oracle": partial(oracle, examples, given.run, seeds),
         "knowledge": partial(knowledge, examples, everyone, ids[:N_TOLD]),
         "learning": partial(learning, examples, ids, seeds, given.jobs),
         "terms": partial(terms, given.folder, ids, seeds, given.jobs),
+        "weights": partial(weights, given.folder, ids, everyone, seeds, given.jobs),
         "frequency": partial(frequency, given.run),
     }
     for name in [given.only] if given.only else parts:

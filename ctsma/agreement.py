@@ -79,6 +79,19 @@ def bootstrap_icc_difference(
     return {"difference": float(a[0] - b[0]), **_interval(a - b), "p": _tail_p(a - b)}
 
 
+def order_and_error(reference: ndarray, estimate: ndarray) -> dict[str, float]:
+    """Why an ICC is high or low: mean over biomarkers, (n, biomarkers), of what tells order from spread.
+
+    correlation (Pearson); sd_ratio, SD over the reference's; relative_error, squared error over the reference's
+    variance (1: no better than its mean). Faults as `icc`.
+    """
+    x, y = _varying(reference, estimate)
+    columns = zip(x.T, y.T, strict=True)
+    found = {"correlation": np.mean([np.corrcoef(*both)[0, 1] for both in columns])}
+    found |= {"sd_ratio": (y.std(0) / x.std(0)).mean(), "relative_error": (((y - x) ** 2).mean(0) / x.var(0)).mean()}
+    return {name: float(value) for name, value in found.items()}
+
+
 def icc_table(
     predictions: pd.DataFrame, reference: pd.DataFrame, rng: Generator, by: Sequence[str] = ("arm",), n_resamples=2000
 ) -> pd.DataFrame:

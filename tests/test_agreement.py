@@ -154,6 +154,15 @@ def test_paired_difference_is_zero_for_equal_arms_and_sure_for_a_worse_one(patch
     assert gain["difference"] == pytest.approx(parts[0] - parts[1])
 
 
+def test_order_and_error_of_a_straight_line():
+    x = np.random.default_rng(0).normal(size=(50, 2)) * (1, 3)
+    x = (x - x.mean(0)) / x.std(0)
+    found = agreement.order_and_error(x, 0.5 * x + 0.1)
+    # r = 1; SD halved; mean of (0.5 x - 0.1)^2 for x of mean 0 and variance 1: 0.25 + 0.01
+    assert found == pytest.approx({"correlation": 1, "sd_ratio": 0.5, "relative_error": 0.26})
+    assert agreement.order_and_error(x, -x) == pytest.approx({"correlation": -1, "sd_ratio": 1, "relative_error": 4})
+
+
 def test_icc_table_gives_each_group_and_refuses_a_patch_counted_twice(patches):
     reference, estimate, subjects = patches
     key = {"knee_id": subjects, "subject_id": subjects, "patch_id": np.tile(np.arange(12), 40)}

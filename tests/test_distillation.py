@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import ndimage
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.pipeline import make_pipeline
@@ -15,9 +17,10 @@ from sklearn.preprocessing import StandardScaler
 from ctsma import distillation
 from ctsma.cohort import BIOMARKERS, InputFault
 from ctsma.distillation import Lesson, cross_validate, distillation_loss, training
-from ctsma.distillation.baseline import ALPHAS, fit_ridge, read_ridge
+from ctsma.distillation.baseline import ALPHAS, fit_ridge, on_ct_grid, read_ridge
 from ctsma.distillation.checkpoints import Progress
-from ctsma.distillation.training import _spread_loss, fold_of, train
+from ctsma.distillation.examples import fold_of, image_of
+from ctsma.distillation.training import _spread_loss, train
 from ctsma.networks import build
 from ctsma.patches import Patches
 
@@ -62,7 +65,7 @@ def trained(patches, tmp_path_factory):
 
 def lesson(maps, teacher_maps, **further):
     zero = torch.zeros(2, 4)
-    return Lesson(zero, maps, zero, teacher_maps, torch.ones(2, 1, 12, 24, 24), **further)
+    return Lesson(zero, maps, torch.ones(2, 1, 12, 24, 24), zero, teacher_maps, **further)
 
 
 def random_maps(seed):
@@ -98,9 +101,9 @@ def test_detail_loss_is_the_entropy_where_nothing_is_known():
 
 def test_local_evidence_is_zero_for_equal_networks():
     one = torch.rand(2, 4, 6, 6, 6, generator=torch.Generator().manual_seed(0))
-    assert distillation_loss(lesson([], [], evidence=(one, one)), {"local_evidence": 1.0}).item() == 0
+    assert distillation_loss(lesson([], [], evidence=one, teacher_evidence=one), {"local_evidence": 1.0}).item() == 0
     # an offset of a half everywhere: its square, whatever the number of places
-    apart = distillation_loss(lesson([], [], evidence=(one, one + 0.5)), {"local_evidence": 1.0})
+    apart = distillation_loss(lesson([], [], evidence=one, teacher_evidence=one + 0.5), {"local_evidence": 1.0})
     assert apart.item() == pytest.approx(0.25, rel=1e-5)
 
 
@@ -301,7 +304,7 @@ def test_seeds_are_averaged_and_their_spread_is_kept(patches, tmp_path):
 def test_an_interrupted_training_goes_on_to_the_same_bits(patches, tmp_path):
     settings = distillation.Settings(**TINY | {"epochs": 3})
     examples = distillation.prepare(patches, detail=False)
-    fold = fold_of(examples, splits_of(patches), 0, 0, settings)
+    fold = fold_of(examples, splits_of(patches), 0, 0, settings, "ct_only")
     options = examples, fold, 0, settings
     whole, curves = train("student", {}, None, *options)
 
@@ -333,8 +336,8 @@ def test_the_ruler_is_seen_by_the_arms_that_have_one_and_by_no_other(patches, tm
     for arm, same in (("hu_regression", True), ("ruler_regression", False)):
         a, b = (cross_validate(p, splits_of(patches), [arm], TINY, [0], tmp_path)["bv_tv"] for p in (patches, other))
         assert np.array_equal(a, b) == same
-    for ruled in (False, True):
-        fold = fold_of(examples[0], splits_of(patches), 0, 0, settings, ruled)
+    for arm, ruled in (("ct_only", False), ("ct_residual", True)):
+        fold = fold_of(examples[0], splits_of(patches), 0, 0, settings, arm)
         model, _ = train("student", {}, None, examples[0], fold, 0, settings)
         a, b = (distillation.predict(model, "student", e, fold.test, fold.scale, settings) for e in examples)
         assert np.array_equal(a, b) != ruled
@@ -347,38 +350,41 @@ def test_the_ridge_is_the_one_of_scikit_learn_and_a_ruled_student_starts_from_it
     search = GridSearchCV(pipeline, grid, cv=GroupKFold(5), scoring="neg_mean_squared_error")
     wanted = np.column_stack([search.fit(x[own], t[own], groups=subjects[own]).predict(x) for t in y.T])
     weights = fit_ridge(x[own], y[own], subjects[own])
-    np.testing.assert_allclose(read_ridge(weights, x), wanted, rtol=1e-9)
+    low, high = y[own].min(0), y[own].max(0)
+    np.testing.assert_allclose(read_ridge(weights, x, -np.inf, np.inf), wanted, rtol=1e-9)
+    np.testing.assert_allclose(read_ridge(weights, x, low, high), wanted.clip(low, high), rtol=1e-9)
     settings = distillation.Settings(**TINY)
-    fold = fold_of(examples, splits_of(patches), 0, 0, settings, ruled=True)
+    fold = fold_of(examples, splits_of(patches), 0, 0, settings, "ct_residual")
     silent = build("student", "compact", torch.Generator().manual_seed(0), (4, 4, 8), ruler=True).eval()
     for parameter in silent.head.parameters():
         torch.nn.init.zeros_(parameter)
     found = distillation.predict(silent, "student", examples, fold.test, fold.scale, settings)
-    ridge = read_ridge(np.array(fold.scale["ridge"]), x[fold.test]).clip(fold.scale["low"], fold.scale["high"])
+    ridge = read_ridge(
+        *(np.array(v) for v in (fold.scale["ridge"], x[fold.test], fold.scale["low"], fold.scale["high"]))
+    )
     np.testing.assert_allclose(found, ridge, rtol=1e-5)
 
 
 def test_a_teacher_that_is_remembered_teaches_what_it_says(patches, monkeypatch):
     splits, settings = splits_of(patches), distillation.Settings(**TINY | {"epochs": 4})
     examples = distillation.prepare(patches, detail=False)
-    fold = fold_of(examples, splits, 0, 3, settings)
+    fold = fold_of(examples, splits, 0, 3, settings, "ct_only")
     teacher = (
         build("teacher", "compact", torch.Generator().manual_seed(0), settings.widths).eval().requires_grad_(False)
     )
     memory, asked = training.Memory(teacher, examples, fold, settings), fold.fit[[3, 0, 2]]
     for flips in ((), (1,), (1, 3)):
-        x = training.batch_of(examples, asked, fold.scale, "cpu", ("teacher",), flips)["teacher"]
         with torch.no_grad():
-            wanted, maps = teacher(x)
-        said, shown = memory(asked, flips)
-        torch.testing.assert_close(said, wanted)
-        assert len(shown) == len(maps)
-        for a, b in zip(shown, maps, strict=True):
-            torch.testing.assert_close(a, b)
-    options = "student", {"feature_l1": 0.1}, teacher, examples, fold, 3, settings
-    remembered, curves = train(*options)
+            wanted, maps = teacher(image_of("teacher", examples, asked, fold.scale, "cpu", flips))
+            evidence = teacher.evidence(maps[-1])
+        said = memory(asked, flips)
+        torch.testing.assert_close([said.prediction, said.evidence, *said.maps], [wanted, evidence, *maps])
+    recipe, options = {"feature_l1": 0.1, "local_evidence": 0.3}, (examples, fold, 3, settings)
+    remembered, curves = train("student", recipe, memory, *options)
     monkeypatch.setattr(training, "MEMORY_BYTES", 0)
-    live, _ = train(*options)
+    forgetful = training.Memory(teacher, examples, fold, settings)
+    live, _ = train("student", recipe, forgetful, *options)
+    assert memory.kept and not forgetful.kept
     for a, b in zip(remembered.state_dict().values(), live.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert curves["validation_mse"].notna().tolist() == [True, False, False, True]
@@ -396,3 +402,48 @@ def test_the_predicted_spread_learns_from_errors_and_leaves_predictions_alone():
     loss.backward()
     assert model.spread.bias.grad.abs().max() < 1e-5  # the minimum
     assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("spread"))
+
+
+def test_a_pair_is_drawn_as_often_as_its_weight_says(patches):
+    examples = distillation.prepare(patches, detail=False)
+    whole = fold_of(examples, splits_of(patches), 0, 0, distillation.Settings(**TINY), "ct_only")
+    n, rng = len(whole.fit), np.random.default_rng(0)
+    np.testing.assert_array_equal(whole.drawn(rng), whole.fit)
+    np.testing.assert_array_equal(replace(whole, weights=np.full(n, 0.3)).drawn(rng), whole.fit)  # alike: all, once
+    weights = np.arange(n) / (n - 1)  # the first matches nowhere: never seen
+    draws = [replace(whole, weights=weights).drawn(rng) for _ in range(400)]
+    counts = np.array([(draw[:, None] == whole.fit).sum(0) for draw in draws])
+    assert (counts.sum(1) == n).all() and (counts[:, 0] == 0).all()
+    wanted = n * weights / weights.sum()
+    assert (np.abs(counts - wanted) < 1).all()  # systematic: the next whole number below or above
+    np.testing.assert_allclose(counts.mean(0), wanted, atol=0.1)  # SD of a mean of 400: at most 0.025
+
+
+def test_alignment_is_one_in_place_and_falls_with_the_shift(patches):
+    """Bone that differs from place to place: a seeded field, sharp in MR, averaged in CT."""
+    field = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(6, 18, 96, 96)), (0, 0.5, 2, 2))
+    bone = (field > 0).astype(np.float32)
+    mr = 1 - bone[:, 3:15, 24:72, 24:72]
+    voi, noise = np.ones(mr.shape, bool), np.random.default_rng(1).normal(0, 150, (6, 12, 24, 24))
+    found = {}
+    for shift in (0, 2, 4, 8):  # MR pixels of 0.22 mm
+        moved = bone[:, 3:15, 24 + shift : 72 + shift, 24:72]
+        found[shift] = distillation.alignment(900 * on_ct_grid(moved) + noise, mr, voi)
+    np.testing.assert_allclose(found[0], 1, atol=0.02)
+    assert (found[0] > found[2]).all() and (found[2] > found[4]).all() and (found[8] < 0.3).all()
+    assert not distillation.alignment(900 * on_ct_grid(bone[:, 3:15, 24:72, 24:72]), np.ones_like(mr), voi).any()
+
+
+def test_weighed_arms_alone_are_weighed(patches, tmp_path):
+    """Pairs whose CT belongs to another patch weigh nothing; an arm that is not weighed is trained to the same bits."""
+    splits, arms = splits_of(patches), ["ct_only", "ct_residual"]
+    plain, weighed = (
+        cross_validate(patches, splits, arms, TINY | {"weighed": names}, [0], tmp_path / str(len(names)))
+        for names in ((), ("ct_residual",))
+    )
+    for arm, same in zip(arms, (True, False), strict=True):
+        a, b = (found.loc[found["arm"] == arm, list(BIOMARKERS)].to_numpy() for found in (plain, weighed))
+        assert np.array_equal(a, b) == same
+    blank = replace(patches, mr=np.ones_like(patches.mr))
+    with pytest.raises(InputFault, match="fold 0: has no pair whose CT and MR match"):
+        cross_validate(blank, splits, ["ct_only"], TINY | {"weighed": ("ct_only",)}, [0], tmp_path)

@@ -19,9 +19,10 @@ from ctsma.cohort import BIOMARKERS, InputFault, content_key, source_sha256
 from ctsma.cohort.provenance import versions
 from ctsma.patches import MR_SPACING_MM, Patches, ruler_hu
 
-from .baseline import N_RULER, hu_regression, ridge_features
+from .baseline import N_RULER, hu_regression, on_ct_grid, ridge_features
 from .checkpoints import Progress, load_model, save_model
-from .training import SAVE_SECONDS, Examples, Fold, Settings, estimate, fold_of, relative_mr, train
+from .examples import Examples, Fold, Settings, fold_of, relative_mr
+from .training import SAVE_SECONDS, Memory, estimate, train
 
 RIDGES = {"hu_regression": -N_RULER, "ruler_regression": None}  # last column of `Examples.features` that each sees
 TEACHER = "mr_teacher"
@@ -82,7 +83,8 @@ def cross_validate(
     alone = [arm for arm in order if arm not in students]
     first = [TEACHER] if students or TEACHER in arms else []
     found = []
-    for wave in (first + alone[:1], students + alone[1:]):  # a student waits for its fold's teacher; nobody idles
+    waves = (first + alone[:1], students + alone[1:]) if first else (alone,)  # students wait for their fold's teacher
+    for wave in waves:
         jobs = product(wave, sorted(splits["fold"].unique()), seeds)
         tasks = [joblib.delayed(run)(arm, int(fold), seed) for arm, fold, seed in jobs if _once(arm, seed, seeds)]
         with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
@@ -148,15 +150,15 @@ def prepare(patches: Patches, detail: bool) -> Examples:
     targets, ct = patches.table[list(BIOMARKERS)].to_numpy(float), patches.ct.astype(np.float32)
     ruler = ruler_hu(patches.table)
     features = ridge_features(ct, region, ruler)
-    mask = region.reshape(len(region), 12, 24, 2, 24, 2).mean((3, 5), dtype=np.float32)
-    return Examples(patches.table, targets, ct, relative_mr(mr, region), region, mask, ruler, features, fraction)
+    relative, mask = relative_mr(mr, region), on_ct_grid(region)
+    return Examples(patches.table, targets, ct, relative, region, mask, ruler, features, fraction)
 
 
 def _arm_in_fold(
     examples: Examples, splits: pd.DataFrame, settings: Settings, folder: Path, key: str, arm: str, fold: int, seed: int
 ) -> pd.DataFrame:
     torch.set_num_threads(1)  # a fold is a process: threads would only contend, and change the last bits
-    parts = fold_of(examples, splits, fold, seed, settings, arm in settings.ruled)
+    parts = fold_of(examples, splits, fold, seed, settings, arm)
     if arm in RIDGES:
         predicted = _ridge(examples, parts, RIDGES[arm]), np.nan
     else:
@@ -176,28 +178,29 @@ def _trained(
 ) -> tuple[nn.Module, dict]:
     """The arm's model and record: read where the same was trained before, else trained, chosen and written."""
     recipes, stem = recipes_of(arm, settings), folder / f"{arm}_fold{fold.number}_seed{seed}"
-    choices = settings.model_dump(exclude={"gammas", "plus", "ablations", "ruled"})  # the recipes say what these say
-    key = content_key(key, arm, recipes, arm in settings.ruled, fold.number, seed, choices)
+    choices = settings.model_dump(exclude={"gammas", "plus", "ablations", "ruled", "weighed"})
+    choices |= {"recipes": recipes, "ruled": arm in settings.ruled, "weighed": arm in settings.weighed}  # its own alone
+    key = content_key(key, arm, fold.number, seed, choices)
     try:
         return load_model(stem, {"key": key})
     except InputFault:  # none there, or another one: train
         pass
-    teacher, role = None, "teacher" if arm == TEACHER else "student"
+    memory, role = None, "teacher" if arm == TEACHER else "student"
     if _needs_teacher(recipes):
         teacher = load_model(folder / f"{TEACHER}_fold{fold.number}_seed{seed}")[0].requires_grad_(False)
+        memory = Memory(teacher, examples, fold, settings)
     kept = [Progress(stem.with_name(f"{stem.name}_{n}"), f"{key}-{n}", SAVE_SECONDS) for n in range(len(recipes))]
     trials = [
-        train(role, recipe, teacher, examples, fold, seed, settings, progress)
+        train(role, recipe, memory, examples, fold, seed, settings, progress)
         for recipe, progress in zip(recipes, kept, strict=True)
     ]
     errors = [float(curves["validation_mse"].iloc[-1]) for _, curves in trials]
     best = int(np.argmin(errors))
     subjects = examples.table["subject_id"].to_numpy(str)
     record = {"key": key, "arm": arm, "role": role, "fold": fold.number, "seed": seed}
-    record |= {"recipe": recipes[best]}
+    record |= {"recipe": recipes[best], "scale": fold.scale, "validation_mse": errors}
     record |= {"subjects": {p: np.unique(subjects[getattr(fold, p)]).tolist() for p in ("fit", "validation", "test")}}
-    record |= {"scale": fold.scale, "validation_mse": errors, "settings": settings.model_dump()}
-    record |= {"protocol_sha256": settings.protocol_sha256, "packages": versions()}
+    record |= {"settings": settings.model_dump(), "protocol_sha256": settings.protocol_sha256, "packages": versions()}
     save_model(stem, *trials[best], record)
     for progress in kept:
         progress.done()

@@ -20,7 +20,7 @@ def ct_features(ct: np.ndarray, voi: np.ndarray) -> np.ndarray:
     Mean, SD, shape, percentiles, share covered; autocorrelation and mean absolute difference along each axis and lag;
     energy in bands of in-plane frequency; level and SD by depth.
     """
-    hu, weight = ct.astype(np.float64), voi.reshape(len(ct), 12, 24, 2, 24, 2).mean((3, 5)) >= 0.5
+    hu, weight = ct.astype(np.float64), on_ct_grid(voi) >= 0.5
     weight[~weight.any((1, 2, 3))] = True  # nothing selected: the whole patch rather than NaN
     mean = _mean(hu, weight)
     centred = hu - mean[:, None, None, None]
@@ -29,6 +29,11 @@ def ct_features(ct: np.ndarray, voi: np.ndarray) -> np.ndarray:
     percentiles = np.array([np.percentile(h[w], (2, 10, 25, 50, 75, 90, 98)) for h, w in zip(hu, weight, strict=True)])
     columns = [mean, sd, np.log(sd), sd / (np.abs(mean) + 100), *shape, *percentiles.T, weight.mean((1, 2, 3))]
     return np.column_stack(columns + _texture(centred, weight, sd) + _bands(hu, weight) + _layers(centred, weight))
+
+
+def on_ct_grid(fine: np.ndarray) -> np.ndarray:
+    """Mean of an MR patch or mask (n, 12, 48, 48) over each CT voxel: (n, 12, 24, 24) float32."""
+    return fine.reshape(len(fine), 12, 24, 2, 24, 2).mean((3, 5), dtype=np.float32)
 
 
 def _mean(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -64,28 +69,27 @@ def ridge_features(ct: np.ndarray, voi: np.ndarray, ruler_hu: np.ndarray) -> np.
     return np.column_stack([features, ruler_hu, 1000 / ruler_hu, features[:, 0] / ruler_hu])
 
 
-def fit_ridge(features: np.ndarray, targets: np.ndarray, subjects: np.ndarray) -> np.ndarray:
+def fit_ridge(features: np.ndarray, targets: np.ndarray, subjects: np.ndarray, counts=None) -> np.ndarray:
     """Ridge per target, its strength by cross-validation over subjects: (k + 1, m) weights, the intercepts first.
 
-    features (n, k), targets (n, m), subjects (n,) of the training fold.
+    features (n, k), targets (n, m), subjects (n,) of the training fold; counts (n,), how much a row counts.
     """
     groups = GroupKFold(min(5, len(np.unique(subjects))))
     pipeline, grid = make_pipeline(StandardScaler(), Ridge()), {"ridge__alpha": ALPHAS}
     search = GridSearchCV(pipeline, grid, cv=groups, scoring="neg_mean_squared_error")
     scaler, columns = StandardScaler().fit(features), []
     for target in targets.T:
-        ridge = search.fit(features, target, groups=subjects).best_estimator_["ridge"]
+        ridge = search.fit(features, target, groups=subjects, ridge__sample_weight=counts).best_estimator_["ridge"]
         weights = ridge.coef_ / scaler.scale_
         columns.append([ridge.intercept_ - weights @ scaler.mean_, *weights])
     return np.transpose(columns)
 
 
-def read_ridge(weights: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Estimates (n, m) of the ridge with weights (k + 1, m) from features (n, k)."""
-    return weights[0] + features @ weights[1:]
+def read_ridge(weights: np.ndarray, features: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Estimates (n, m) of the ridge with weights (k + 1, m) from features (n, k), kept within low and high (m,)."""
+    return (weights[0] + features @ weights[1:]).clip(low, high)
 
 
 def hu_regression(features: np.ndarray, targets: np.ndarray, subjects: np.ndarray, unseen: np.ndarray) -> np.ndarray:
     """Estimates (m, 4) of `fit_ridge` for unseen (m, k), kept within the range of the targets as the networks' are."""
-    found = read_ridge(fit_ridge(features, targets, subjects), unseen)
-    return found.clip(targets.min(0), targets.max(0))
+    return read_ridge(fit_ridge(features, targets, subjects), unseen, targets.min(0), targets.max(0))

@@ -19,12 +19,13 @@ class Lesson:
 
     prediction: Tensor
     maps: list[Tensor]
-    teacher_prediction: Tensor | None
-    teacher_maps: list[Tensor] | None
     mask: Tensor  # (B, 1, 12, 24, 24) share of trabecular region
+    teacher_prediction: Tensor | None = None
+    teacher_maps: list[Tensor] | None = None
+    evidence: Tensor | None = None  # biomarkers place by place, (B, 4, ...)
+    teacher_evidence: Tensor | None = None
     detail_logits: Tensor | None = None  # (B, 4, 12, 24, 24)
     bone_fraction: Tensor | None = None  # (B, 12, 48, 48)
-    evidence: tuple[Tensor, Tensor] | None = None  # student's and teacher's biomarkers place by place, (B, 4, ...)
 
 
 def feature_l1(lesson: Lesson) -> Tensor:
@@ -50,9 +51,9 @@ def local_evidence(lesson: Lesson) -> Tensor:
     The heads are linear and their masked mean is the prediction: a dense target in the task's own four channels
     (class activation maps, Zhou 2016, arXiv 1512.04150; our use).
     """
-    student, teacher = lesson.evidence
-    weight = functional.adaptive_avg_pool3d(lesson.mask, student.shape[2:])
-    return ((student - teacher).square() * weight).sum() / (student.shape[1] * weight.sum() + 1e-6)
+    weight = functional.adaptive_avg_pool3d(lesson.mask, lesson.evidence.shape[2:])
+    apart = (lesson.evidence - lesson.teacher_evidence).square()
+    return (apart * weight).sum() / (apart.shape[1] * weight.sum() + 1e-6)
 
 
 def attention(lesson: Lesson) -> Tensor:

@@ -12,7 +12,7 @@ from ctsma.patches import Patches
 
 from .arms import prepare
 from .checkpoints import load_model
-from .training import batch_of
+from .examples import image_of
 
 
 def read_curves(folder: str | Path, arms: Sequence[str], seed: int) -> pd.DataFrame:
@@ -41,9 +41,8 @@ def feature_maps(
     examples, maps = prepare(one, detail=False), {}
     for arm in arms:
         model, record = load_model(Path(folder) / f"{arm}_fold{fold}_seed{seed}")
-        batch = batch_of(examples, np.array([0]), record["scale"], record["settings"]["device"])
+        x = image_of(record["role"], examples, np.array([0]), record["scale"], record["settings"]["device"])
         with torch.no_grad():
-            x = batch[record["role"]]
             maps[arm] = model(x)[1][0][0].float().cpu().numpy()
     channel = int(np.argmax(maps[arms[0]].std(axis=(1, 2, 3))))
     slices = {arm: values[channel, values.shape[1] // 2] for arm, values in maps.items()}
