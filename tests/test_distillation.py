@@ -249,6 +249,7 @@ def test_bad_input_is_refused_with_a_sentence(patches, tmp_path):
         "too few subjects": lambda: run(patches, splits.assign(fold=[0] * 7 + [1])),
         "hold 'ct_magic'": lambda: run(patches, splits, arms=("ct_magic",)),
         "settings.epoch": lambda: run(patches, splits, {"epoch": 3}),
+        "weighed: names ct_magic": lambda: run(patches, splits, TINY | {"weighed": ("ct_magic", "ct_only")}),
         "unknown terms": lambda: run(patches, splits, TINY | {"plus": {"magic": 1.0}}, ("ct_sma_plus",)),
     }.items():
         with pytest.raises(InputFault, match=fault):

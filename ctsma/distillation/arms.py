@@ -74,6 +74,11 @@ def cross_validate(
     Raises InputFault: NaN in patches, subject without fold, fold without variance or with too few subjects.
     """
     settings = _checked(settings, patches, splits)
+    networks = [arm for arm in arms if arm not in RIDGES]
+    if unknown := [arm for arm in settings.weighed if arm not in networks]:
+        raise InputFault(
+            "weighed", f"names {', '.join(unknown)}, not trained here", f"choose among {', '.join(networks)}"
+        )
     recipes = [recipe for arm in arms for recipe in recipes_of(arm, settings)]
     examples = prepare(patches, detail=any("detail" in recipe for recipe in recipes))
     run = partial(_arm_in_fold, examples, splits, settings, Path(folder), _data_key(examples, splits))
