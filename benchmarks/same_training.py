@@ -27,14 +27,14 @@ EVIDENCE = ROOT / "docs" / "results" / "distillation_evidence.json"
 TERMS = "feature_l1", "feature_correlation", "attention", "local_evidence", "relation", "prediction", "detail"
 ARMS = "hu_regression", "ruler_regression", "ct_only", "ct_residual", "ct_sma", "ct_sma_plus", "mr_teacher"
 CODE = """
-import sys, pandas as pd
+import json, sys, pandas as pd
 from pathlib import Path
 from ctsma import cohort, distillation, patches
-folder, work, n_folds, settings, arms = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), *map(eval, sys.argv[4:])
-data = patches.load_patches(folder)
+work, given = Path(sys.argv[1]), json.loads(sys.argv[2])
+data = patches.load_patches(given["folder"])
 people = pd.unique(data.table["subject_id"])
-splits = pd.DataFrame({"subject_id": people, "fold": [n % n_folds for n in range(len(people))]})
-found = distillation.cross_validate(data, splits, arms, settings, [0], work / "models", n_jobs=2)
+splits = pd.DataFrame({"subject_id": people, "fold": [n % given["n_folds"] for n in range(len(people))]})
+found = distillation.cross_validate(data, splits, given["arms"], given["settings"], [0], work / "models", n_jobs=2)
 found.to_csv(work / "predictions.csv", index=False)
 (work / "code").write_text(cohort.source_sha256("ctsma.distillation"))
 """
@@ -44,10 +44,10 @@ def trained(tree: Path, folder: Path) -> tuple[pd.DataFrame, str]:
     """Out-of-fold estimates by the code of a tree, and that code's hash."""
     settings = {"epochs": EPOCHS, "ablations": {f"only_{term}": {term: 0.1} for term in TERMS}}
     with tempfile.TemporaryDirectory() as work:
-        given = [str(folder), work, str(N_FOLDS), repr(settings), repr([*ARMS, *settings["ablations"]])]
-        subprocess.run(
-            [sys.executable, "-c", CODE, *given], cwd=work, env=os.environ | {"PYTHONPATH": str(tree)}, check=True
-        )
+        arms = [*ARMS, *settings["ablations"]]
+        given = json.dumps({"folder": str(folder), "n_folds": N_FOLDS, "settings": settings, "arms": arms})
+        environment = os.environ | {"PYTHONPATH": str(tree)}
+        subprocess.run([sys.executable, "-c", CODE, work, given], cwd=work, env=environment, check=True)
         return pd.read_csv(Path(work) / "predictions.csv"), (Path(work) / "code").read_text()
 
 

@@ -63,6 +63,12 @@ def test_results_carry_their_origin(tiny):
         assert found["protocol_sha256"] == protocol_sha256()
 
 
+def test_pairs_of_a_registered_cohort_match(tiny):
+    found = results(tiny, "distillation")
+    assert found["match_of_pairs"]["mean"] > 0.95  # another patch's MR: 0.18 on 160 simulated pairs
+    assert found["settings"]["weighed"] == []
+
+
 def test_cohort_numbers(tiny):
     found = results(tiny, "cohort")
     assert found["n_knees"] == 8
