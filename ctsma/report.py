@@ -112,9 +112,10 @@ def update_readme(readme: str | Path, results: str | Path) -> None:
 
 def origin(results: str | Path) -> str:
     """One line that says what run the numbers come from."""
-    cohort, learned = _read(results, "cohort"), _read(results, "distillation")["settings"]
+    cohort, settings = _read(results, "cohort"), _read(results, "distillation")["settings"]
     keys = f"protocol {cohort['protocol_sha256'][:12]}, seed {cohort['seed']}, commit {cohort['git_commit'][:12]}"
-    return f"Profile {cohort['profile']}, {cohort['n_knees']} knees, {keys}, networks in {learned['computed_in']}."
+    keys += f", networks in {settings['computed_in']}" if "computed_in" in settings else ""  # earlier runs do not say
+    return f"Profile {cohort['profile']}, {cohort['n_knees']} knees, {keys}."
 
 
 def _interval(value: dict, name: str) -> str:
