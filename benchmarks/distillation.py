@@ -204,18 +204,20 @@ def weights(folder: Path, ids: np.ndarray, everyone: pd.DataFrame, seeds: list[i
     own, test, beside = ids[: SIZES[-1]], ids[-N_TEST:], folder / "displaced"
     moved = everyone[everyone["knee_id"].isin(own)]
     cohort.map_knees(scanned, moved, beside, SCANS | {"displaced_mm": DISPLACED_MM}, n_jobs=n_jobs, report=print)
+    pairs = {name: only(patches.load_patches(f), own) for name, f in {"displaced": beside, "aligned": folder}.items()}
     about = {"n_knees": len(own), "training_seeds": len(seeds), "largest_mm": DISPLACED_MM}
-    judged, found = only(patches.load_patches(folder), test), {}
-    for name, source in {"displaced": beside, "aligned": folder}.items():
-        data = only(patches.load_patches(source), own)
-        n, examples = len(data.table), distillation.prepare(joined(data, judged), detail=False)
-        matches = weights_of(examples, np.arange(n), 0)
-        about |= {"match": by_distance(data.table, matches)} if name == "displaced" else {}
+    about["match"] = by_distance(pairs["displaced"])
+    judged, found = only(patches.load_patches(folder), test), known("weights").get("gain", {})
+    for name in [name for name in pairs if name not in found]:
+        n, examples = len(pairs[name].table), distillation.prepare(joined(pairs[name], judged), detail=False)
         with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-            tasks = [joblib.delayed(weighed)(examples, w, seeds) for w in (matches, np.ones(n))]
+            tasks = [
+                joblib.delayed(weighed)(examples, w, seeds) for w in (weights_of(examples, np.arange(n), 0), np.ones(n))
+            ]
             by_match, alike = joblib.Parallel()(tasks)
         rows = np.arange(n, len(examples.table))
         found[name] = {arm: gain(examples, rows, by_match[arm], alike[arm]) for arm in alike}
+        keep("weights", about | {"gain": found})
     return about | {"gain": found}
 
 
@@ -231,10 +233,10 @@ def weighed(examples: Examples, matches: np.ndarray, seeds: list[int]) -> dict:
     return found | students(examples, ridged, {RIDGED: {}, OURS: EVIDENCE}, taught, *options)
 
 
-def by_distance(table: pd.DataFrame, matches: np.ndarray) -> list[dict]:
+def by_distance(data: patches.Patches) -> list[dict]:
     """Match of displaced patches by how far their bone's MR was moved: quartiles in classes of distance."""
-    rows = []
-    for knee_id, compartment in zip(table["knee_id"], table["compartment"], strict=True):
+    rows, matches = [], distillation.alignment(data.ct, data.mr, data.voi)
+    for knee_id, compartment in zip(data.table["knee_id"], data.table["compartment"], strict=True):
         drawn = displacements(DISPLACED_MM, np.random.default_rng([SEED, zlib.crc32(knee_id.encode()), 10]))
         rows.append(np.linalg.norm(drawn[compartment.split("_")[0]]))
     classes = pd.Series(matches).groupby(pd.cut(rows, CLASSES_MM))
