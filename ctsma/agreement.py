@@ -86,8 +86,7 @@ def order_and_error(reference: ndarray, estimate: ndarray) -> dict[str, float]:
     variance (1: no better than its mean). Faults as `icc`.
     """
     x, y = _varying(reference, estimate)
-    columns = zip(x.T, y.T, strict=True)
-    found = {"correlation": np.mean([np.corrcoef(*both)[0, 1] for both in columns])}
+    found = {"correlation": np.mean([np.corrcoef(*both)[0, 1] for both in zip(x.T, y.T, strict=True)])}
     found |= {"sd_ratio": (y.std(0) / x.std(0)).mean(), "relative_error": (((y - x) ** 2).mean(0) / x.var(0)).mean()}
     return {name: float(value) for name, value in found.items()}
 
@@ -224,12 +223,14 @@ def restored_spread(reference: ndarray, estimate: ndarray, folds: ndarray) -> nd
     """Out-of-fold estimates, (n,) or (n, k), given the reference's mean and SD; each fold by those of the others.
 
     The reduced major axis: it undoes the shrinkage to the mean of a least-squares fit, which ICC(A,1) punishes, and
-    pays with squared error. folds (n,): subject-wise folds. Raises InputFault for constant values, NaN.
+    pays with squared error. folds (n,): subject-wise folds; where the others' estimates are all equal, nothing says how
+    to stretch, and the mean is given. Raises InputFault for constant values, NaN.
     """
     x, y = _varying(reference, estimate)
     folds, restored = np.asarray(folds), np.empty_like(y)
     for own in [folds == fold for fold in np.unique(folds)]:
-        stretch = x[~own].std(axis=0) / y[~own].std(axis=0)
+        varies, zero = np.ptp(y[~own], axis=0) > 0, np.zeros(y.shape[1:])
+        stretch = np.divide(x[~own].std(axis=0), y[~own].std(axis=0), out=zero, where=varies)
         restored[own] = x[~own].mean(axis=0) + stretch * (y[own] - y[~own].mean(axis=0))
     return restored
 

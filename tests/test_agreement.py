@@ -250,3 +250,14 @@ def test_a_shrunken_estimate_gets_its_spread_back_from_the_other_folds_alone():
     spoilt = np.where((folds == 0)[:, None], 9 * true, true)  # a fold's own reference must not be looked at
     own = folds == 0
     np.testing.assert_allclose(agreement.restored_spread(spoilt, shrunken, folds)[own], true[own])
+
+
+def test_estimates_without_spread_in_the_other_folds_become_the_mean():
+    reference, folds = np.array([1.0, 2, 3, 4, 5, 9]), np.array([0, 0, 0, 1, 1, 1])
+    estimate = np.array([0.1, 0.1, 0.1, 1.0, 2.0, 4.0])
+    found = agreement.restored_spread(reference, estimate, folds)
+    np.testing.assert_allclose(found[3:], 2)  # the first fold's estimates are all equal: its mean of the reference
+    stretch = np.std([4, 5, 9]) / np.std([1, 2, 4])
+    np.testing.assert_allclose(found[:3], 6 + stretch * (0.1 - 7 / 3))
+    both = agreement.restored_spread(np.c_[reference, reference], np.c_[estimate, estimate[::-1]], folds)
+    assert np.isfinite(both).all()
