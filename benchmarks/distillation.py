@@ -15,8 +15,8 @@ used to choose settings and are left out. Writes docs/results/distillation_evide
   (`by_kernel`, `by_noise`);
 - `terms`: every term of the loss, the ridge below the network, a committee of teachers and CT-only knees, one at a
   time at 80 knees; remove the part from the file to measure it again;
-- `weights`: the same 80 knees, each bone's MR taken up to 2 mm beside its place (`displaced`) or in place (`aligned`):
-  what is gained by seeing a pair as often as its images match, judged in place;
+- `weights`: the same 80 knees, each bone's MR taken up to 2 mm beside its place: what is gained by seeing a pair as
+  often as its images match, judged in place;
 - `frequency`: the run's own networks on its test patches, their CT blurred more and more: in which details of the CT
   lies what an arm knows?
 """
@@ -200,25 +200,25 @@ def one_thread(role: str, recipe: dict, teacher, examples: Examples, fold: Fold,
 
 
 def weights(folder: Path, ids: np.ndarray, everyone: pd.DataFrame, seeds: list[int], n_jobs: int) -> dict:
-    """What weighing pairs by their match adds, where many are displaced and where none is; the match by distance."""
+    """What weighing pairs by their match adds where many are displaced; the match by distance, and in place.
+
+    Where all match at 1, weighing them trains the same network to the bit.
+    """
     own, test, beside = ids[: SIZES[-1]], ids[-N_TEST:], folder / "displaced"
     moved = everyone[everyone["knee_id"].isin(own)]
     cohort.map_knees(scanned, moved, beside, SCANS | {"displaced_mm": DISPLACED_MM}, n_jobs=n_jobs, report=print)
-    pairs = {name: only(patches.load_patches(f), own) for name, f in {"displaced": beside, "aligned": folder}.items()}
     about = {"n_knees": len(own), "training_seeds": len(seeds), "largest_mm": DISPLACED_MM}
-    about["match"] = by_distance(pairs["displaced"])
-    judged, found = only(patches.load_patches(folder), test), known("weights").get("gain", {})
-    for name in [name for name in pairs if name not in found]:
-        n, examples = len(pairs[name].table), distillation.prepare(joined(pairs[name], judged), detail=False)
-        with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-            tasks = [
-                joblib.delayed(weighed)(examples, w, seeds) for w in (weights_of(examples, np.arange(n), 0), np.ones(n))
-            ]
-            by_match, alike = joblib.Parallel()(tasks)
-        rows = np.arange(n, len(examples.table))
-        found[name] = {arm: gain(examples, rows, by_match[arm], alike[arm]) for arm in alike}
-        keep("weights", about | {"gain": found})
-    return about | {"gain": found}
+    data, there, judged = (only(patches.load_patches(f), k) for f, k in ((beside, own), (folder, own), (folder, test)))
+    in_place = distillation.alignment(there.ct, there.mr, there.voi)
+    about |= {"match": by_distance(data), "in_place": {"n_patches": len(in_place), "least_match": in_place.min()}}
+    n, examples = len(data.table), distillation.prepare(joined(data, judged), detail=False)
+    with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
+        tasks = [
+            joblib.delayed(weighed)(examples, w, seeds) for w in (weights_of(examples, np.arange(n), 0), np.ones(n))
+        ]
+        by_match, alike = joblib.Parallel()(tasks)
+    rows = np.arange(n, len(examples.table))
+    return about | {"gain": {"displaced": {arm: gain(examples, rows, by_match[arm], alike[arm]) for arm in alike}}}
 
 
 def weighed(examples: Examples, matches: np.ndarray, seeds: list[int]) -> dict:
