@@ -202,13 +202,14 @@ def one_thread(role: str, recipe: dict, teacher, examples: Examples, fold: Fold,
 def weights(folder: Path, ids: np.ndarray, everyone: pd.DataFrame, seeds: list[int], n_jobs: int) -> dict:
     """What weighing pairs by their match adds where many are displaced; the match by distance, and in place.
 
-    Where all match at 1, weighing them trains the same network to the bit.
+    Where all match at 1, weights are those of `alike`, so nothing is trained there.
     """
     own, test, beside = ids[: SIZES[-1]], ids[-N_TEST:], folder / "displaced"
     moved = everyone[everyone["knee_id"].isin(own)]
     cohort.map_knees(scanned, moved, beside, SCANS | {"displaced_mm": DISPLACED_MM}, n_jobs=n_jobs, report=print)
     about = {"n_knees": len(own), "training_seeds": len(seeds), "largest_mm": DISPLACED_MM}
-    data, there, judged = (only(patches.load_patches(f), k) for f, k in ((beside, own), (folder, own), (folder, test)))
+    data, whole = only(patches.load_patches(beside), own), patches.load_patches(folder)
+    there, judged = only(whole, own), only(whole, test)
     in_place = distillation.alignment(there.ct, there.mr, there.voi)
     about |= {"match": by_distance(data), "in_place": {"n_patches": len(in_place), "least_match": in_place.min()}}
     n, examples = len(data.table), distillation.prepare(joined(data, judged), detail=False)
