@@ -15,8 +15,9 @@ used to choose settings and are left out. Writes docs/results/distillation_evide
   (`by_kernel`, `by_noise`);
 - `terms`: every term of the loss, the ridge below the network, a committee of teachers and CT-only knees, one at a
   time at 80 knees; remove the part from the file to measure it again;
-- `weights`: the same 80 knees, each bone's MR taken up to 2 mm beside its place: what is gained by seeing a pair as
-  often as its images match, judged in place;
+- `weights`: the same 80 knees, each bone's MR taken up to 2 mm beside its place, judged in place: what a teacher adds
+  when all pairs count alike, or a pair's MR is learned from as often as it matches the CT (`over_untaught`), and what
+  that mends (`over_alike`);
 - `frequency`: the run's own networks on its test patches, their CT blurred more and more: in which details of the CT
   lies what an arm knows?
 """
@@ -52,6 +53,7 @@ SHIFT_VOXELS = (3, 9, 9)  # slices, rows, columns of the MR: 2.25, 2 and 2 mm
 PUBLISHED = {"feature_l1": {"feature_l1": 0.1}, "feature_l1, gamma 0.01": {"feature_l1": 0.01}}
 RIDGE, RIDGED, OURS = "ruler ridge", "on the ridge", "on the ridge, local_evidence"
 EVIDENCE = {"local_evidence": 0.3}
+WEIGHED = ", weighed"  # after the name of a student, see `weights`
 GAINS = [(name, "alone") for name in PUBLISHED] + [(RIDGE, "alone"), (RIDGED, RIDGE), (OURS, RIDGED)]  # of the curve
 WEIGHTS = {"feature_correlation": 0.1, "attention": 1.0, "relation": 0.1, "prediction": 1.0, "detail": 0.1}  # untuned
 N_UNPAIRED = 160  # CT-only knees beside the 80 paired ones
@@ -62,9 +64,9 @@ CODE = cohort.source_sha256("ctsma.distillation")  # a part says with which netw
 OUT = Path(__file__).parents[1] / "docs" / "results" / "distillation_evidence.json"
 
 
-def fold_over(examples: Examples, fit: np.ndarray, test: np.ndarray, ruled: bool = False, weights=None) -> Fold:
+def fold_over(examples: Examples, fit: np.ndarray, test: np.ndarray, ruled: bool = False) -> Fold:
     """Rows to fit and to predict; a few test rows watch the fit and choose nothing."""
-    return Fold(0, fit, test[:32], test, scale_of(examples, fit, 0, ruled, weights), weights)
+    return Fold(0, fit, test[:32], test, scale_of(examples, fit, 0, ruled))
 
 
 def students(examples: Examples, fold: Fold, recipes: dict, teachers: dict, seeds, epochs: int) -> dict:
@@ -200,9 +202,9 @@ def one_thread(role: str, recipe: dict, teacher, examples: Examples, fold: Fold,
 
 
 def weights(folder: Path, ids: np.ndarray, everyone: pd.DataFrame, seeds: list[int], n_jobs: int) -> dict:
-    """What weighing pairs by their match adds where many are displaced; the match by distance, and in place.
+    """What a teacher adds where pairs are displaced, with and without weights; the match by distance, and in place.
 
-    Where all match at 1, weights are those of `alike`, so nothing is trained there.
+    Where all match at 1, weights change nothing, so nothing is trained there.
     """
     own, test, beside = ids[: SIZES[-1]], ids[-N_TEST:], folder / "displaced"
     moved = everyone[everyone["knee_id"].isin(own)]
@@ -212,26 +214,34 @@ def weights(folder: Path, ids: np.ndarray, everyone: pd.DataFrame, seeds: list[i
     there, judged = only(whole, own), only(whole, test)
     in_place = distillation.alignment(there.ct, there.mr, there.voi)
     about |= {"match": by_distance(data), "in_place": {"n_patches": len(in_place), "least_match": in_place.min()}}
-    n, examples = len(data.table), distillation.prepare(joined(data, judged), detail=False)
+    examples = distillation.prepare(joined(data, judged), detail=False)
+    fit, rows = np.split(np.arange(len(examples.table)), [len(data.table)])
+    matches = weights_of(examples, fit, 0)
     with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-        tasks = [
-            joblib.delayed(weighed)(examples, w, seeds) for w in (weights_of(examples, np.arange(n), 0), np.ones(n))
-        ]
-        by_match, alike = joblib.Parallel()(tasks)
-    rows = np.arange(n, len(examples.table))
-    return about | {"gain": {"displaced": {arm: gain(examples, rows, by_match[arm], alike[arm]) for arm in alike}}}
+        by_seed = joblib.Parallel()(joblib.delayed(weighed)(examples, fit, rows, matches, s) for s in seeds)
+    found = {name: np.mean([guess[name] for guess in by_seed], axis=0) for name in by_seed[0]}
+    untaught = dict.fromkeys(PUBLISHED, "alone") | {OURS: RIDGED}
+    over = {
+        name + how: gain(examples, rows, found[name + how], found[base])
+        for name, base in untaught.items()
+        for how in ("", WEIGHED)
+    }
+    mended = {name: gain(examples, rows, found[name + WEIGHED], found[name]) for name in untaught}
+    return about | {"over_untaught": over, "over_alike": mended}
 
 
-def weighed(examples: Examples, matches: np.ndarray, seeds: list[int]) -> dict:
-    """Estimates of students whose pairs, the first rows, weigh as given; the teacher's MR is always in place."""
+def weighed(examples: Examples, fit: np.ndarray, test: np.ndarray, matches: np.ndarray, seed: int) -> dict:
+    """Estimates of students without a teacher, with one, and with one whose MR counts by the matches of the pairs."""
     torch.set_num_threads(1)
-    fit, test = np.split(np.arange(len(examples.table)), [len(matches)])
-    plain, ridged = (fold_over(examples, fit, test, ruled, matches) for ruled in (False, True))
-    settings, own = distillation.Settings(), replace(plain, weights=None)
-    teacher = {s: train("teacher", {}, None, examples, own, s, settings)[0].requires_grad_(False) for s in seeds}
-    taught, options = dict.fromkeys([*PUBLISHED, OURS], (examples, teacher)), (seeds, settings.epochs)
-    found = students(examples, plain, {"alone": {}} | PUBLISHED, taught, *options)
-    return found | students(examples, ridged, {RIDGED: {}, OURS: EVIDENCE}, taught, *options)
+    plain, ridged = (fold_over(examples, fit, test, ruled) for ruled in (False, True))
+    settings = distillation.Settings()
+    teacher = {seed: train("teacher", {}, None, examples, plain, seed, settings)[0].requires_grad_(False)}
+    found, options = {}, (dict.fromkeys([*PUBLISHED, OURS], (examples, teacher)), [seed], settings.epochs)
+    for fold, base, recipes in ((plain, "alone", PUBLISHED), (ridged, RIDGED, {OURS: EVIDENCE})):
+        found |= students(examples, fold, {base: {}} | recipes, *options)
+        by_match = students(examples, replace(fold, weights=matches), recipes, *options)
+        found |= {name + WEIGHED: guess for name, guess in by_match.items()}
+    return found
 
 
 def by_distance(data: patches.Patches) -> list[dict]:

@@ -25,9 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except OSError as error:  # a full disk, a folder without permission: what is written is whole or absent
         where = error.filename or "disk"
-        print(
-            f"{where}: {error.strerror or error}; mend it, the same command goes on where it stopped.", file=sys.stderr
-        )
+        print(f"{where}: {error.strerror or error}; mend it, the command goes on where it stopped.", file=sys.stderr)
         return STUDY_FAILED
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it stopped", file=sys.stderr)

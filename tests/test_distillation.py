@@ -249,7 +249,9 @@ def test_bad_input_is_refused_with_a_sentence(patches, tmp_path):
         "too few subjects": lambda: run(patches, splits.assign(fold=[0] * 7 + [1])),
         "hold 'ct_magic'": lambda: run(patches, splits, arms=("ct_magic",)),
         "settings.epoch": lambda: run(patches, splits, {"epoch": 3}),
-        "weighed: names ct_magic": lambda: run(patches, splits, TINY | {"weighed": ("ct_magic", "ct_only")}),
+        "weighed: names ct_magic, ct_only, which": lambda: run(
+            patches, splits, TINY | {"weighed": ("ct_magic", "ct_only")}
+        ),
         "unknown terms": lambda: run(patches, splits, TINY | {"plus": {"magic": 1.0}}, ("ct_sma_plus",)),
     }.items():
         with pytest.raises(InputFault, match=fault):
@@ -405,19 +407,34 @@ def test_the_predicted_spread_learns_from_errors_and_leaves_predictions_alone():
     assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("spread"))
 
 
-def test_a_pair_is_drawn_as_often_as_its_weight_says(patches):
+def test_the_mr_of_a_pair_teaches_as_often_as_its_weight_says(patches):
     examples = distillation.prepare(patches, detail=False)
-    whole = fold_of(examples, splits_of(patches), 0, 0, distillation.Settings(**TINY), "ct_only")
+    whole = fold_of(examples, splits_of(patches), 0, 0, distillation.Settings(**TINY), "ct_sma")
     n, rng = len(whole.fit), np.random.default_rng(0)
-    np.testing.assert_array_equal(whole.drawn(rng), whole.fit)
-    np.testing.assert_array_equal(replace(whole, weights=np.full(n, 0.3)).drawn(rng), whole.fit)  # alike: all, once
-    weights = np.arange(n) / (n - 1)  # the first matches nowhere: never seen
-    draws = [replace(whole, weights=weights).drawn(rng) for _ in range(400)]
-    counts = np.array([(draw[:, None] == whole.fit).sum(0) for draw in draws])
-    assert (counts.sum(1) == n).all() and (counts[:, 0] == 0).all()
-    wanted = n * weights / weights.sum()
-    assert (np.abs(counts - wanted) < 1).all()  # systematic: the next whole number below or above
-    np.testing.assert_allclose(counts.mean(0), wanted, atol=0.1)  # SD of a mean of 400: at most 0.025
+    np.testing.assert_array_equal(whole.taught(rng), whole.fit)
+    np.testing.assert_array_equal(replace(whole, weights=np.ones(n)).taught(rng), whole.fit)
+    weights = np.arange(n) / (n - 1)  # of the first no MR is ever seen, of the last always
+    shares = np.mean([np.isin(whole.fit, replace(whole, weights=weights).taught(rng)) for _ in range(400)], axis=0)
+    assert shares[0] == 0 and shares[-1] == 1
+    np.testing.assert_allclose(shares, weights, atol=0.1)  # SD of a mean of 400: at most 0.025
+
+
+@pytest.mark.parametrize("term", distillation.TERMS)
+def test_a_lesson_of_some_pairs_is_theirs_alone_times_their_share(term):
+    """Whatever stands in the other pairs, even NaN, does not count."""
+    pairs, generator = np.array([True, False, True, True, False, True]), torch.Generator().manual_seed(0)
+    any_of = lambda *shape: torch.rand((6, *shape), generator=generator)  # noqa: E731
+    fine, coarse, places = (3, 12, 24, 24), (4, 12, 12, 12), (4, 6, 6, 6)
+    maps = [[any_of(*fine), any_of(*coarse)] for _ in range(2)]
+    parts = [any_of(4), maps[0], torch.ones(6, 1, 12, 24, 24), any_of(4), maps[1], any_of(*places), any_of(*places)]
+    parts += [any_of(4, 12, 24, 24), any_of(12, 48, 48)]
+    whole, recipe = Lesson(*parts), {term: 0.5}
+    own, every = distillation_loss(whole.of(pairs), recipe), distillation_loss(whole, recipe)
+    assert distillation_loss(whole, recipe, np.ones(6, bool)) == every != own
+    for values in [*maps[0], *maps[1], *(part for part in parts if torch.is_tensor(part))]:
+        values[~torch.from_numpy(pairs)] = np.nan
+    assert distillation_loss(whole, recipe, pairs).item() == pytest.approx(own.item() * 4 / 6, rel=1e-6)
+    assert distillation_loss(whole, recipe, np.arange(6) == 2) == 0  # of a single pair nothing is said
 
 
 def test_alignment_is_one_in_place_and_falls_with_the_shift(patches):
@@ -435,16 +452,24 @@ def test_alignment_is_one_in_place_and_falls_with_the_shift(patches):
     assert not distillation.alignment(900 * on_ct_grid(bone[:, 3:15, 24:72, 24:72]), np.ones_like(mr), voi).any()
 
 
-def test_weighed_arms_alone_are_weighed(patches, tmp_path):
-    """Pairs whose CT belongs to another patch weigh nothing; an arm that is not weighed is trained to the same bits."""
-    splits, arms = splits_of(patches), ["ct_only", "ct_residual"]
+@pytest.mark.parametrize("all_match", [True, False])
+def test_weighed_arms_alone_are_weighed(patches, tmp_path, all_match):
+    """To the same bits: an arm that is not weighed, and every arm where all pairs match, as the toy's do."""
+    splits, arms, mr = splits_of(patches), ["ct_sma", "ct_sma_plus"], patches.mr.copy()
+    mr[::2] = mr[::2] if all_match else 1  # an MR that shows nothing matches nowhere
     plain, weighed = (
-        cross_validate(patches, splits, arms, TINY | {"weighed": names}, [0], tmp_path / str(len(names)))
-        for names in ((), ("ct_residual",))
+        cross_validate(
+            replace(patches, mr=mr), splits, arms, TINY | {"weighed": names}, [0], tmp_path / str(len(names))
+        )
+        for names in ((), ("ct_sma_plus",))
     )
-    for arm, same in zip(arms, (True, False), strict=True):
+    for arm, same in zip(arms, (True, all_match), strict=True):
         a, b = (found.loc[found["arm"] == arm, list(BIOMARKERS)].to_numpy() for found in (plain, weighed))
         assert np.array_equal(a, b) == same
+
+
+def test_weights_are_refused_where_no_pair_matches(patches, tmp_path):
+    splits = splits_of(patches)
     blank = replace(patches, mr=np.ones_like(patches.mr))
     with pytest.raises(InputFault, match="fold 0: has no pair whose CT and MR match"):
-        cross_validate(blank, splits, ["ct_only"], TINY | {"weighed": ("ct_only",)}, [0], tmp_path)
+        cross_validate(blank, splits, ["ct_sma"], TINY | {"weighed": ("ct_sma",)}, [0], tmp_path)

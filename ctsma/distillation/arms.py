@@ -73,12 +73,7 @@ def cross_validate(
     <biomarker>_sd (NaN for a ridge).
     Raises InputFault: NaN in patches, subject without fold, fold without variance or with too few subjects.
     """
-    settings = _checked(settings, patches, splits)
-    networks = [arm for arm in arms if arm not in RIDGES]
-    if unknown := [arm for arm in settings.weighed if arm not in networks]:
-        raise InputFault(
-            "weighed", f"names {', '.join(unknown)}, not trained here", f"choose among {', '.join(networks)}"
-        )
+    settings = _checked(settings, patches, splits, arms)
     recipes = [recipe for arm in arms for recipe in recipes_of(arm, settings)]
     examples = prepare(patches, detail=any("detail" in recipe for recipe in recipes))
     run = partial(_arm_in_fold, examples, splits, settings, Path(folder), _data_key(examples, splits))
@@ -223,13 +218,15 @@ def _data_key(examples: Examples, splits: pd.DataFrame) -> str:
     return content_key(digests, folds, source_sha256("ctsma.distillation"))
 
 
-def _checked(settings: Settings | Mapping, patches: Patches, splits: pd.DataFrame) -> Settings:
+def _checked(settings: Settings | Mapping, patches: Patches, splits: pd.DataFrame, arms: Sequence[str]) -> Settings:
     try:
         settings = settings if isinstance(settings, Settings) else Settings(**settings)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(["settings", *map(str, first["loc"])])
         raise InputFault(where, first["msg"].lower(), "choose a value that Settings allows") from error
+    if idle := [arm for arm in settings.weighed if arm not in arms or not any(recipes_of(arm, settings))]:
+        raise InputFault("weighed", f"names {', '.join(idle)}, which learns from no MR here", "name arms that do")
     subjects, n_folds = set(patches.table["subject_id"]), splits["fold"].nunique()
     if missing := sorted(subjects - set(splits["subject_id"])):
         raise InputFault("splits", f"have no fold for subject {', '.join(missing[:3])}", "make the splits again")

@@ -69,17 +69,17 @@ def ridge_features(ct: np.ndarray, voi: np.ndarray, ruler_hu: np.ndarray) -> np.
     return np.column_stack([features, ruler_hu, 1000 / ruler_hu, features[:, 0] / ruler_hu])
 
 
-def fit_ridge(features: np.ndarray, targets: np.ndarray, subjects: np.ndarray, counts=None) -> np.ndarray:
+def fit_ridge(features: np.ndarray, targets: np.ndarray, subjects: np.ndarray) -> np.ndarray:
     """Ridge per target, its strength by cross-validation over subjects: (k + 1, m) weights, the intercepts first.
 
-    features (n, k), targets (n, m), subjects (n,) of the training fold; counts (n,), how much a row counts.
+    features (n, k), targets (n, m), subjects (n,) of the training fold.
     """
     groups = GroupKFold(min(5, len(np.unique(subjects))))
     pipeline, grid = make_pipeline(StandardScaler(), Ridge()), {"ridge__alpha": ALPHAS}
     search = GridSearchCV(pipeline, grid, cv=groups, scoring="neg_mean_squared_error")
     scaler, columns = StandardScaler().fit(features), []
     for target in targets.T:
-        ridge = search.fit(features, target, groups=subjects, ridge__sample_weight=counts).best_estimator_["ridge"]
+        ridge = search.fit(features, target, groups=subjects).best_estimator_["ridge"]
         weights = ridge.coef_ / scaler.scale_
         columns.append([ridge.intercept_ - weights @ scaler.mean_, *weights])
     return np.transpose(columns)

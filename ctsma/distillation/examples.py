@@ -38,7 +38,7 @@ class Settings(BaseModel):
     plus: dict[str, float] = {"local_evidence": 0.3}  # recipe of ct_sma_plus
     ablations: dict[str, dict[str, float]] = {}  # further arms: name -> recipe
     ruled: tuple[str, ...] = ("ct_residual", "ct_sma_plus")  # arms that correct the ridge; their CT has its ruler
-    weighed: tuple[str, ...] = ()  # arms that see a pair as often as its CT and MR match, see `alignment`
+    weighed: tuple[str, ...] = ()  # arms that learn from a pair's MR as often as it matches its CT, see `alignment`
     augment: bool = True  # flips for every network, CT physics for every CT network
     device: str = "cpu"
     precision: str = Field("auto", pattern="^(auto|float32|bfloat16)$")
@@ -69,14 +69,11 @@ class Fold:
     validation: ndarray
     test: ndarray
     scale: dict[str, list]  # ct and mr: mean, SD; low and high: range of each target; ridge: weights, if ruled
-    weights: ndarray | None = None  # (len(fit),) of the fitting pairs, in batches and ridge; None: all alike
+    weights: ndarray | None = None  # (len(fit),) 0..1, the chance of a pair's MR to be learned from; None: all alike
 
-    def drawn(self, rng: Generator) -> ndarray:
-        """Fitting rows of one epoch, always as many: each once, or n w / sum(w) times, rounded up or down by chance."""
-        if self.weights is None:
-            return self.fit
-        ends = np.cumsum(self.weights) * (len(self.fit) / self.weights.sum())
-        return self.fit[np.searchsorted(ends[:-1], np.arange(len(self.fit)) + rng.random(), side="right")]
+    def taught(self, rng: Generator) -> ndarray:
+        """Fitting rows whose MR is learned from in one epoch; of the others the biomarkers alone."""
+        return self.fit if self.weights is None else self.fit[rng.random(len(self.fit)) < self.weights]
 
 
 def relative_mr(mr: ndarray, voi: ndarray) -> ndarray:
@@ -99,7 +96,7 @@ def fold_of(examples: Examples, splits: pd.DataFrame, number: int, seed: int, se
     parts = training[held_out:], training[:held_out], folds.index[folds == number].to_numpy(str)
     rows = [np.flatnonzero(np.isin(subjects, part)) for part in parts]
     weights = weights_of(examples, rows[0], number) if arm in settings.weighed else None
-    return Fold(number, *rows, scale_of(examples, rows[0], number, arm in settings.ruled, weights), weights)
+    return Fold(number, *rows, scale_of(examples, rows[0], number, arm in settings.ruled), weights)
 
 
 def weights_of(examples: Examples, fit: ndarray, number: int) -> ndarray:
@@ -110,7 +107,7 @@ def weights_of(examples: Examples, fit: ndarray, number: int) -> ndarray:
     return weights
 
 
-def scale_of(examples: Examples, fit: ndarray, number: int, ruled: bool = False, weights=None) -> dict[str, list]:
+def scale_of(examples: Examples, fit: ndarray, number: int, ruled: bool = False) -> dict[str, list]:
     """`Fold.scale` of the fitting rows. InputFault, which names the fold's number: a biomarker all equal."""
     low, high = examples.targets[fit].min(0), examples.targets[fit].max(0)
     if flat := [name for name, width in zip(BIOMARKERS, high - low, strict=True) if not width > 0]:
@@ -120,7 +117,7 @@ def scale_of(examples: Examples, fit: ndarray, number: int, ruled: bool = False,
     scale |= {"low": low.tolist(), "high": high.tolist()}
     if ruled:
         subjects = examples.table["subject_id"].to_numpy(str)[fit]
-        scale["ridge"] = fit_ridge(examples.features[fit], examples.targets[fit], subjects, weights).tolist()
+        scale["ridge"] = fit_ridge(examples.features[fit], examples.targets[fit], subjects).tolist()
     return scale
 
 
@@ -160,9 +157,8 @@ def target_of(examples: Examples, rows: ndarray, scale: dict, device: str) -> Te
 def start_of(examples: Examples, rows: ndarray, scale: dict, device: str) -> Tensor:
     """The ridge's estimate (B, 4) in the scale of `target_of`, to which a ruled network adds; else zero."""
     limits = np.array(scale["low"]), np.array(scale["high"])
-    ruled = "ridge" in scale
-    ridge = read_ridge(np.array(scale["ridge"]), examples.features[rows], *limits) if ruled else limits[0][None]
-    return _over_range(ridge, scale).to(device)
+    ridge, seen = scale.get("ridge"), examples.features[rows]
+    return _over_range(read_ridge(np.array(ridge), seen, *limits) if ridge else limits[0][None], scale).to(device)
 
 
 def dense_of(examples: Examples, rows: ndarray, device: str, flips: Sequence[int]) -> Tensor:

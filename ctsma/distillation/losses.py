@@ -3,8 +3,9 @@
 Maps are (B, C, slices, rows, columns); predictions (B, 4) lie on the min-max scale of the training fold.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -26,6 +27,12 @@ class Lesson:
     teacher_evidence: Tensor | None = None
     detail_logits: Tensor | None = None  # (B, 4, 12, 24, 24)
     bone_fraction: Tensor | None = None  # (B, 12, 48, 48)
+
+    def of(self, pairs: np.ndarray) -> "Lesson":
+        """The same of some pairs of the batch, (B,) bool."""
+        kept = torch.from_numpy(np.flatnonzero(pairs)).to(self.prediction.device)
+        known = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return Lesson(**{n: [m[kept] for m in v] if isinstance(v, list) else v[kept] for n, v in known.items()})
 
 
 def feature_l1(lesson: Lesson) -> Tensor:
@@ -87,9 +94,15 @@ TERMS = feature_l1, feature_correlation, attention, local_evidence, relation, pr
 TERMS = {term.__name__: term for term in TERMS}
 
 
-def distillation_loss(lesson: Lesson, recipe: dict[str, float]) -> Tensor:
-    """Sum over the recipe of weight x term; zero for an empty recipe. Raises InputFault for an unknown term."""
+def distillation_loss(lesson: Lesson, recipe: dict[str, float], pairs: np.ndarray | None = None) -> Tensor:
+    """Sum over the recipe of weight x term; zero for an empty recipe. Raises InputFault for an unknown term.
+
+    With `pairs` (B,) bool, of those alone, times their share of the batch; of fewer than two there is nothing to say.
+    """
     if unknown := set(recipe) - set(TERMS):
         raise InputFault("recipe", f"has unknown terms {', '.join(sorted(unknown))}", f"use {', '.join(TERMS)}")
-    terms = [weight * TERMS[name](lesson) for name, weight in recipe.items() if weight]
-    return torch.stack(terms).sum() if terms else lesson.prediction.new_zeros(())
+    share = 1.0 if pairs is None else float(pairs.mean())
+    if share < 1:
+        lesson = lesson.of(pairs)
+    terms = [weight * TERMS[name](lesson) for name, weight in recipe.items() if weight and len(lesson.prediction) > 1]
+    return share * torch.stack(terms).sum() if terms else lesson.prediction.new_zeros(())

@@ -59,20 +59,21 @@ def train(
     for epoch in range(len(curves), settings.epochs):
         modules.train()
         losses = np.zeros(2)
-        for rows in np.array_split(rng.permutation(fold.drawn(rng)), n_batches):
+        taught = fold.taught(np.random.default_rng([seed, fold.number, epoch + 1]))  # a stream apart from the batches'
+        for rows in np.array_split(rng.permutation(fold.fit), n_batches):
             flips = tuple(axis for axis in FLIPS if settings.augment and rng.random() < 0.5)
             x = image_of(role, examples, rows, fold.scale, settings.device, flips, augmented)
             target, start = (f(examples, rows, fold.scale, settings.device) for f in (target_of, start_of))
             said = memory(rows, flips) if memory else Said()
             dense = dense_of(examples, rows, settings.device, flips) if recipe.get("detail") else None
             with autocast(settings):
-                error, taught, spread = _losses(modules, x, target, start, recipe, said, dense)
+                error, lesson, spread = _losses(modules, x, target, start, recipe, said, dense, np.isin(rows, taught))
             optimizer.zero_grad()
-            (error + taught + spread).backward()
+            (error + lesson + spread).backward()
             optimizer.step()
             schedule.step()
             average.update_parameters(modules[0])
-            losses += np.array([error.item(), taught.item()]) / n_batches
+            losses += np.array([error.item(), lesson.item()]) / n_batches
         seen = (settings.epochs - epoch - 1) % WATCH_EPOCHS == 0
         error = _validation_mse(average.module, role, examples, fold, settings) if seen else np.nan
         curves.append([epoch, *losses.tolist(), error])
@@ -140,7 +141,7 @@ def _portions(rows: ndarray) -> list[ndarray]:
     return np.array_split(rows, max(1, round(len(rows) / 64)))
 
 
-def _losses(modules, x, target, start, recipe: dict, said: Said, dense) -> tuple[Tensor, Tensor, Tensor]:
+def _losses(modules, x, target, start, recipe: dict, said: Said, dense, pairs) -> tuple[Tensor, Tensor, Tensor]:
     model = modules[0]
     prediction, maps = model(x)
     prediction = prediction + start
@@ -148,7 +149,7 @@ def _losses(modules, x, target, start, recipe: dict, said: Said, dense) -> tuple
     own = model.evidence(maps[-1]) + start[..., None, None, None] if recipe.get("local_evidence") else None
     lesson = Lesson(prediction, maps, x[:, 1:2], said.prediction, said.maps, own, said.evidence, logits, dense)
     error = prediction - target
-    return error.square().mean(), distillation_loss(lesson, recipe), _spread_loss(model, maps, x, error.detach())
+    return error.square().mean(), distillation_loss(lesson, recipe, pairs), _spread_loss(model, maps, x, error.detach())
 
 
 def _spread_loss(model: nn.Module, maps: list[Tensor], x: Tensor, error: Tensor) -> Tensor:
@@ -182,8 +183,8 @@ def estimate(
 
 def _validation_mse(model: nn.Module, role: str, examples: Examples, fold: Fold, settings: Settings) -> float:
     error = predict(model.eval(), role, examples, fold.validation, fold.scale, settings)
-    error = (error - examples.targets[fold.validation]) / np.subtract(fold.scale["high"], fold.scale["low"])
-    return float((error**2).mean())
+    error -= examples.targets[fold.validation]
+    return float(((error / np.subtract(fold.scale["high"], fold.scale["low"])) ** 2).mean())
 
 
 def autocast(settings: Settings) -> torch.autocast:
