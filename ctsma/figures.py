@@ -143,10 +143,10 @@ def gains(axes: Sequence[Axes], table: pd.DataFrame, by: str, x: str, xlabel: st
 
     `table` has icc, difference, ci_low and ci_high; `alone` the column icc_alone of the student without a teacher.
     """
-    for n, (name, line) in enumerate(table.groupby(by, sort=False)):
-        axes[0].plot(line[x], line["icc"], "o-", color=f"C{n}", label=name.partition(" - ")[0])
-        axes[1].plot(line[x], line["difference"], "o-", color=f"C{n}", label=name)
-        axes[1].fill_between(line[x], line["ci_low"], line["ci_high"], color=f"C{n}", alpha=0.2)
+    for colour, (name, line) in zip(sns.color_palette("colorblind"), table.groupby(by, sort=False), strict=False):
+        axes[0].plot(line[x], line["icc"], "o-", color=colour, label=name.partition(" - ")[0])
+        axes[1].plot(line[x], line["difference"], "o-", color=colour, label=name)
+        axes[1].fill_between(line[x], line["ci_low"], line["ci_high"], color=colour, alpha=0.2)
     axes[0].plot(alone[x], alone["icc_alone"], "s--", color="black", label="student alone")
     axes[1].axhline(0, color="#666666", linewidth=0.8, linestyle=":")
     for ax, label in zip(axes, ("mean ICC(A,1)", "gain in mean ICC"), strict=True):
