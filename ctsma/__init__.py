@@ -1,8 +1,6 @@
-"""CT-SMA: subchondral trabecular biomarkers from knee CT, learned under an MR teacher.
+"""CT-SMA: subchondral trabecular biomarkers from knee CT, learned under an MR network.
 
-Rooms, left to right; a room imports only rooms to its left:
-cohort, simulation, registration, biomarkers, patches, networks, distillation, agreement, diagnosis, figures,
-intake, study, report, cli.
+A module imports only modules that stand before it in the order of tests/test_structure.py.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,7 +1,29 @@
-"""Agreement of an estimate with its reference: ICC(A,1), Bland-Altman, Deming line, conformal intervals.
+"""Agreement of an estimate with its reference.
 
-Patches of one subject resemble each other, so intervals over patches resample *subjects*. ICC, limits of agreement
-and Deming line are functions of the sums of 1, x, y, xx, yy, xy: all resamples are one matrix product.
+Which number answers which question:
+
+- ICC(A,1), two-way random effects, absolute agreement, single measurement: are the values the same?
+- Correlation r: is the order right? r ignores bias and scale.
+- Relative squared error, mean((estimate - reference)^2) / var(reference): how large are the errors?
+  1 is no better than giving the mean reference to every patch.
+- Between and within knees: r_between is the correlation of the knees' means (one pair per knee),
+  r_within the correlation of the patches' deviations from their knee's mean. A model that knows
+  only each knee's mean density reaches a high r_between, and its r_within is near 0.
+
+Why the ICC is not reported alone: it rewards stretching and punishes shrinkage. Without bias, and
+with SD(estimate) = s SD(reference), the ICC is 2 r s / (1 + s^2) and the relative error is
+1 + s^2 - 2 r s. A least-squares estimate shrinks to the mean, s = r, and has the smallest error,
+1 - r^2. Stretched to s = 1 its ICC rises from 2 r^2 / (1 + r^2) to r and its error to 2 (1 - r): it
+agrees better and errs more, without any new information.
+
+Patches of one subject resemble each other, so intervals over patches resample *subjects*. These
+statistics are functions of the sums of 1, x, y, xx, yy and xy, so all resamples are one matrix
+product.
+
+Throughout, reference and estimate are arrays of shape (n,), subjects (n,) name the subject of each
+value, and rng is a numpy Generator. Tables of predictions have one row per arm and patch: arm,
+knee_id, subject_id, patch_id, the estimated BIOMARKERS and `<biomarker>_reference`; another
+reference may stand beside it (`<biomarker>_true`).
 """
 
 from collections.abc import Sequence
@@ -10,305 +32,332 @@ import numpy as np
 import pandas as pd
 import pingouin
 from numpy import ndarray
-from numpy.random import Generator
 from scipy import stats
 
-from .cohort import BIOMARKERS, InputFault
+from ctsma.common import BIOMARKERS, InputError
 
-Z95 = stats.norm.ppf(0.975)  # two-sided 95 % normal quantile, 1.96
+MEASURES = (*BIOMARKERS, "mean")
+_PATCH = ["knee_id", "patch_id"]
+_Z95 = stats.norm.ppf(0.975)  # two-sided 95 % normal quantile, 1.96
 
 
 def icc(reference: ndarray, estimate: ndarray) -> dict[str, float]:
-    """ICC(A,1), two-way random, absolute agreement, single, with its F-based 95 % interval (McGraw & Wong 1996).
+    """ICC(A,1) of independent pairs with its F-based 95 % interval (McGraw & Wong 1996).
 
-    ICC = (MSR - MSE) / (MSR + MSE + 2 (MSC - MSE) / n) for two measurements of n independent targets, shape (n,).
-    Raises InputFault for NaN, other lengths, fewer than 3 targets, constant values. Returns icc, ci_low, ci_high.
+    ICC = (MSR - MSE) / (MSR + MSE + 2 (MSC - MSE) / n) for two measurements, shape (n,), of n
+    targets. Returns icc, ci_low, ci_high. Raises InputError for NaN, shapes that differ, fewer than
+    3 targets, constant values.
     """
-    x, y = _varying(reference, estimate)
-    shift, scale = np.mean([x, y]), np.std([x, y])  # ICC ignores both, the rounding of an ANOVA does not
+    x, y = _varying_pairs(reference, estimate)
+    # The ICC ignores a common shift and scale; the rounding errors of the ANOVA do not.
+    shift, scale = np.mean([x, y]), np.std([x, y])
     x, y = (x - shift) / scale, (y - shift) / scale
-    limits = _icc_pingouin(x, y) if np.var(y - x) > 1e-14 else _icc_without_residual(x, y)
-    return dict(zip(("icc", "ci_low", "ci_high"), map(float, limits), strict=True))
+    value, low, high = _icc_pingouin(x, y) if np.var(y - x) > 1e-14 else _icc_pure_offset(x, y)
+    return {"icc": float(value), "ci_low": float(low), "ci_high": float(high)}
 
 
 def _icc_pingouin(x: ndarray, y: ndarray) -> tuple[float, float, float]:
-    """The one place that knows pingouin's table: row ICC(A,1), ICC2 before 0.6.1; column CI95, CI95% before 0.6."""
+    """ICC(A,1) and interval by pingouin, at full precision (its default rounds to two decimals)."""
     target, rater = np.tile(np.arange(len(x)), 2), np.repeat([0, 1], len(x))
     table = pd.DataFrame({"target": target, "rater": rater, "value": np.r_[x, y]})
-    options, kept = pingouin.options, dict(pingouin.options)
+    options, before = pingouin.options, dict(pingouin.options)
     try:
-        options["round.column.CI95"] = options["round.column.CI95%"] = None  # the default rounds to 2 decimals
-        rows = pingouin.intraclass_corr(table, "target", "rater", "value")
+        options["round.column.CI95"] = None
+        rows = pingouin.intraclass_corr(table, "target", "rater", "value").set_index("Type")
     finally:
         options.clear()
-        options.update(kept)
-    (row,) = rows[rows["Type"].isin(["ICC(A,1)", "ICC2"])].rename(columns={"CI95%": "CI95"}).to_dict("records")
-    return row["ICC"], *row["CI95"]
+        options.update(before)
+    return rows.loc["ICC(A,1)", "ICC"], *rows.loc["ICC(A,1)", "CI95"]
 
 
-def _icc_without_residual(x: ndarray, y: ndarray) -> ndarray:
-    """Limit of ICC and interval for MSE -> 0, a pure offset, where the F ratio is infinite; 1, 1, 1 without one."""
+def _icc_pure_offset(x: ndarray, y: ndarray) -> ndarray:
+    """Limits of ICC and interval for MSE -> 0 (a pure offset), where the F ratio is infinite."""
     n, signal, offset = len(x), 2 * np.var(x, ddof=1), np.mean(y - x) ** 2
-    return signal / (signal + offset * np.array([1, stats.f.ppf(0.975, n - 1, 1), stats.f.ppf(0.025, n - 1, 1)]))
+    ratios = np.array([1, stats.f.ppf(0.975, n - 1, 1), stats.f.ppf(0.025, n - 1, 1)])
+    return signal / (signal + offset * ratios)
 
 
-def bootstrap_icc(
-    reference: ndarray, estimate: ndarray, subjects: Sequence, rng: Generator, n_resamples=2000
-) -> dict[str, float]:
+def bootstrap_icc(reference, estimate, subjects, rng, n_resamples=2000) -> dict[str, float]:
     """ICC(A,1) with a 95 % percentile interval from resampling subjects with all their patches.
 
-    Values (n,), or (n, biomarkers): then the statistic is the mean of the columns' ICCs. `subjects` is (n,), at
-    least 2 different ones. Returns icc, ci_low, ci_high; faults as `icc`.
+    Values (n,), or (n, biomarkers): then the statistic is the mean of the columns' ICCs. `subjects`
+    (n,) holds at least 2 different ones. Returns icc, ci_low, ci_high; errors as `icc`.
     """
-    values = _icc_of(_resampled_sums(*_varying(reference, estimate), subjects, rng, n_resamples)).mean(axis=0)
-    return {"icc": float(values[0]), **_interval(values)}
+    x, y = _varying_pairs(reference, estimate)
+    values = _icc(_resampled_moments(x, y, subjects, rng, n_resamples)).mean(axis=0)
+    return {"icc": float(values[0])} | _interval(values)
 
 
 def bootstrap_icc_difference(
-    reference: ndarray, estimate_a: ndarray, estimate_b: ndarray, subjects: Sequence, rng: Generator, n_resamples=2000
+    reference, estimate_a, estimate_b, subjects, rng, n_resamples=2000
 ) -> dict[str, float]:
-    """Paired ICC(A,1) of a minus that of b, the same resampled subjects in both; shapes as in `bootstrap_icc`.
+    """Paired difference of ICC(A,1), a minus b, on the same resampled subjects.
 
-    Returns difference, ci_low, ci_high and p (two-sided: twice the smaller share of resamples beyond zero).
+    Shapes as in `bootstrap_icc`. Returns difference, ci_low, ci_high and p (two-sided: twice the
+    smaller share of resamples beyond zero).
     """
     seed = rng.integers(2**63)
-    a, b = (
-        _icc_of(_resampled_sums(*_varying(reference, e), subjects, np.random.default_rng(seed), n_resamples)).mean(0)
-        for e in (estimate_a, estimate_b)
-    )
-    return {"difference": float(a[0] - b[0]), **_interval(a - b), "p": _tail_p(a - b)}
+    values = []
+    for estimate in (estimate_a, estimate_b):
+        x, y = _varying_pairs(reference, estimate)
+        moments = _resampled_moments(x, y, subjects, np.random.default_rng(seed), n_resamples)
+        values.append(_icc(moments).mean(axis=0))
+    draws = values[0] - values[1]
+    return {"difference": float(draws[0])} | _interval(draws) | {"p": _bootstrap_p(draws)}
 
 
-def order_and_error(reference: ndarray, estimate: ndarray) -> dict[str, float]:
-    """Why an ICC is high or low: mean over biomarkers, (n, biomarkers), of what tells order from spread.
+def icc_table(predictions, rng, by=("arm",), against="reference", n_resamples=2000) -> pd.DataFrame:
+    """`bootstrap_icc` of every group, for each biomarker and for "mean", the mean of the four ICCs.
 
-    correlation (Pearson); sd_ratio, SD over the reference's; relative_error, squared error over the reference's
-    variance (1: no better than its mean). Faults as `icc`.
+    `by` names the columns that make groups (arm, compartment, seed, ...), `against` the reference:
+    columns `<biomarker>_<against>`. Returns by, biomarker, n_patches, n_subjects, icc, ci_low,
+    ci_high. Raises InputError where a group holds a patch twice: it would count twice.
     """
-    x, y = _varying(reference, estimate)
-    found = {"correlation": np.mean([np.corrcoef(*both)[0, 1] for both in zip(x.T, y.T, strict=True)])}
-    found |= {"sd_ratio": (y.std(0) / x.std(0)).mean(), "relative_error": (((y - x) ** 2).mean(0) / x.var(0)).mean()}
-    return {name: float(value) for name, value in found.items()}
-
-
-def icc_table(
-    predictions: pd.DataFrame, reference: pd.DataFrame, rng: Generator, by: Sequence[str] = ("arm",), n_resamples=2000
-) -> pd.DataFrame:
-    """`bootstrap_icc` of every group, for each biomarker and for "mean", the mean over biomarkers.
-
-    predictions: knee_id, subject_id, patch_id and BIOMARKERS; reference (MR, truth or rescan): knee_id, patch_id
-    and BIOMARKERS; the columns `by` (arm, seed, compartment, ...) may be in either. A patch twice in one group
-    (two seeds, say) is refused: it would count twice. Returns by, biomarker, n_patches, n_subjects, icc, ci_*.
-    """
-    by, key = list(by), ["knee_id", "patch_id"]
-    columns = [*key, *BIOMARKERS, *(column for column in by if column not in predictions)]
-    pairs = predictions.merge(reference[columns], on=key, suffixes=("", "_reference"))
-    if pairs.duplicated([*by, *key]).any() or len(pairs) != len(predictions):
-        raise InputFault("predictions", "and reference do not match one to one", "give each patch once a group")
-    rows = []
-    for group, frame in pairs.groupby(by):
-        x, y = _varying(frame[[f"{b}_reference" for b in BIOMARKERS]], frame[list(BIOMARKERS)])
-        values = _icc_of(_resampled_sums(x, y, frame["subject_id"], rng, n_resamples))
-        size = {"n_patches": len(frame), "n_subjects": frame["subject_id"].nunique()}
-        for name, draw in zip((*BIOMARKERS, "mean"), (*values, values.mean(axis=0)), strict=True):
-            where = dict(zip(by, group, strict=True)) | {"biomarker": name} | size
-            rows.append(where | {"icc": draw[0]} | _interval(draw))
+    by, rows = list(by), []
+    if predictions.duplicated([*by, *_PATCH]).any():
+        problem = f"hold a patch twice in a group of {', '.join(by)}"
+        raise InputError("predictions", problem, "average over seeds first, or group by seed")
+    for group, frame in predictions.groupby(by):
+        x, y = _varying_pairs(*_reference_and_estimate(frame, against))
+        draws = _icc(_resampled_moments(x, y, frame["subject_id"], rng, n_resamples))
+        labels = dict(zip(by, group, strict=True))
+        sizes = {"n_patches": len(frame), "n_subjects": frame["subject_id"].nunique()}
+        for name, values in zip(MEASURES, [*draws, draws.mean(axis=0)], strict=True):
+            found = {"biomarker": name} | sizes | {"icc": float(values[0])} | _interval(values)
+            rows.append(labels | found)
     return pd.DataFrame(rows)
 
 
-def icc_gains(
-    predictions: pd.DataFrame, reference: pd.DataFrame, pairs: Sequence, rng: Generator, n_resamples: int = 2000
-) -> pd.DataFrame:
-    """`bootstrap_icc_difference` for each pair (arm, other arm) that is there, on all patches, by biomarker and mean.
+def icc_differences(predictions, comparisons, rng, n_resamples=2000) -> pd.DataFrame:
+    """`bootstrap_icc_difference` of each comparison (arm, other arm) whose arms are both there.
 
-    Frames as for `icc_table`. Returns arm, against, biomarker, difference, ci_low, ci_high, p.
+    Returns arm, against, biomarker ("mean" first), difference, ci_low, ci_high, p.
     """
-    key, columns = ["knee_id", "patch_id"], list(BIOMARKERS)
-    known = {arm: rows.set_index(key)[columns] for arm, rows in predictions.groupby("arm", sort=False)}
-    index = next(iter(known.values())).index
-    target = reference.set_index(key).loc[index]
+    by_arm = {arm: rows.set_index(_PATCH) for arm, rows in predictions.groupby("arm", sort=False)}
     rows = []
-    for a, b in [(a, b) for a, b in pairs if a in known and b in known]:
-        for name, own in {"mean": columns, **{column: [column] for column in columns}}.items():
-            both = known[a].loc[index, own], known[b].loc[index, own]
-            found = bootstrap_icc_difference(target[own], *both, target["subject_id"], rng, n_resamples)
-            rows.append({"arm": a, "against": b, "biomarker": name} | found)
+    for arm, other in comparisons:
+        if arm not in by_arm or other not in by_arm:
+            continue
+        first = next(iter(by_arm.values()))
+        a, b = by_arm[arm].loc[first.index], by_arm[other].loc[first.index]
+        for name in ("mean", *BIOMARKERS):
+            columns = list(BIOMARKERS) if name == "mean" else [name]
+            reference = first[[f"{column}_reference" for column in columns]]
+            found = bootstrap_icc_difference(
+                reference, a[columns], b[columns], first["subject_id"], rng, n_resamples
+            )
+            rows.append({"arm": arm, "against": other, "biomarker": name} | found)
+    columns = ["arm", "against", "biomarker", "difference", "ci_low", "ci_high", "p"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def correlation_table(predictions, rng, n_resamples=2000) -> pd.DataFrame:
+    """Correlation and relative squared error by arm, whole and within and between knees.
+
+    Definitions stand at the top of this module. Returns arm, biomarker (the four and their "mean")
+    and r, relative_error, r_within, r_between, each with `_ci_low` and `_ci_high` (bootstrap over
+    subjects). r_within is NaN where no knee has two patches.
+    """
+    rows = []
+    for arm, frame in predictions.groupby("arm"):
+        x, y = _varying_pairs(*_reference_and_estimate(frame, "reference"))
+        subjects, knees = frame["subject_id"].to_numpy(), frame["knee_id"].to_numpy()
+        mean_x = pd.DataFrame(x).groupby(knees).transform("mean").to_numpy()
+        mean_y = pd.DataFrame(y).groupby(knees).transform("mean").to_numpy()
+        one_per_knee = ~frame["knee_id"].duplicated().to_numpy()
+        whole = _resampled_moments(x, y, subjects, rng, n_resamples)
+        within = _resampled_moments(x - mean_x, y - mean_y, subjects, rng, n_resamples)
+        knee_values = mean_x[one_per_knee], mean_y[one_per_knee], subjects[one_per_knee]
+        between = _resampled_moments(*knee_values, rng, n_resamples)
+        statistics = {
+            "r": _correlation(whole),
+            "relative_error": _relative_error(whole),
+            "r_within": _correlation(within),
+            "r_between": _correlation(between),
+        }
+        for column, name in enumerate(MEASURES):
+            row = {"arm": arm, "biomarker": name}
+            for statistic, draws in statistics.items():
+                values = draws.mean(axis=0) if name == "mean" else draws[column]
+                row |= {statistic: float(values[0])} | _interval(values, f"{statistic}_")
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
-def nested(table: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
-    """An `icc_table` by arm as {arm: {biomarker or "mean": {icc, ci_low, ci_high}}}, for a results file."""
-    rows = table.set_index(["arm", "biomarker"])[["icc", "ci_low", "ci_high"]]
-    return {arm: group.droplevel("arm").to_dict("index") for arm, group in rows.groupby("arm", sort=False)}
+def correlation_and_error(reference: ndarray, estimate: ndarray) -> dict[str, float]:
+    """correlation, sd_ratio (SD of the estimate over the reference's) and relative_error.
+
+    Values (n, biomarkers); each number is the mean over biomarkers. Errors as `icc`.
+    """
+    moments = _resampled_moments(*_varying_pairs(reference, estimate))
+    _, _, _, var_x, var_y, _ = moments
+    found = {"correlation": _correlation(moments), "sd_ratio": np.sqrt(var_y / var_x)}
+    found["relative_error"] = _relative_error(moments)
+    return {name: float(values.mean()) for name, values in found.items()}
+
+
+def nested(table: pd.DataFrame, columns: str | Sequence[str]) -> dict[str, dict]:
+    """A table by arm and biomarker as {arm: {biomarker: ...}} for a results file.
+
+    `columns` is one column, whose value is given, or several, given as a mapping.
+    """
+    found = {}
+    for row in table.to_dict("records"):
+        value = row[columns] if isinstance(columns, str) else {name: row[name] for name in columns}
+        found.setdefault(row["arm"], {})[row["biomarker"]] = value
+    return found
+
+
+def cohort_matches(predictions, others, least_icc=0.99) -> bool:
+    """Whether `others` (one row per patch) are estimates of the same patches as `predictions`.
+
+    Both hold the same patches, and the ICC of their `<biomarker>_reference` exceeds `least_icc` for
+    each biomarker. The rounding of another machine leaves it above 0.99 (design choice); the second
+    MR of the same knees does not.
+    """
+    here = predictions.drop_duplicates(_PATCH)
+    both = here.merge(others, on=_PATCH, suffixes=("", "_there"))
+    if not len(both) == len(here) == len(others):
+        return False
+    names = [f"{biomarker}_reference" for biomarker in BIOMARKERS]
+    return all(icc(both[name], both[f"{name}_there"])["icc"] > least_icc for name in names)
 
 
 def bland_altman(
-    reference: ndarray,
-    estimate: ndarray,
-    subjects: Sequence | None = None,
-    rng: Generator | None = None,
-    n_resamples: int = 2000,
+    reference, estimate, subjects=None, rng=None, n_resamples=2000
 ) -> dict[str, float]:
-    """Bias and 95 % limits of agreement of estimate - reference (n,): bias -+ 1.96 SD, ddof = 1.
+    """Bias and 95 % limits of agreement of estimate - reference, (n,): bias -+ 1.96 SD, ddof = 1.
 
-    `slope` is the proportional bias: difference regressed on the mean of both. Intervals `<name>_ci_low/high` of
-    bias, loa_low, loa_high and slope, and slope_p: for independent pairs from Student's t with SE(limit)^2 =
-    SD^2 (1/n + 1.96^2 / (2 (n - 1))) (Bland & Altman 1999); for patches give `subjects` and `rng`: bootstrap.
+    `slope` is the proportional bias: the difference regressed on the mean of both. Returns n, bias,
+    sd, loa_low, loa_high, slope, and `<name>_ci_low`, `<name>_ci_high`. For patches give `subjects`
+    and `rng`: intervals (and slope_p) are bootstrapped over subjects. Without them pairs are taken
+    as independent, and bias and limits get Student's t with SE(limit)^2 = SD^2 (1/n + 1.96^2 /
+    (2 (n - 1))) (Bland & Altman 1999). Errors as `icc`, but constant values are allowed.
     """
     x, y = _pairs(reference, estimate)
-    sums = _resampled_sums(x, y, subjects, rng, n_resamples)[:, 0]
-    n, values = len(x), _bland_altman_of(sums)
-    result = {"n": n} | {name: float(value[0]) for name, value in values.items()}
+    _, mean_x, mean_y, var_x, var_y, cov = _resampled_moments(x, y, subjects, rng, n_resamples)
+    bias, sd = (mean_y - mean_x)[0], np.sqrt(np.maximum(var_x + var_y - 2 * cov, 0))[0]
+    with np.errstate(invalid="ignore"):
+        slope = (2 * (var_y - var_x) / (var_x + var_y + 2 * cov))[0]
+    draws = {"bias": bias, "sd": sd, "loa_low": bias - _Z95 * sd, "loa_high": bias + _Z95 * sd}
+    draws["slope"] = slope
+    n = len(x)
+    result = {"n": n} | {name: float(values[0]) for name, values in draws.items()}
     if subjects is not None:
-        return result | _intervals(values) | {"slope_p": _tail_p(values["slope"])}
-    line = stats.linregress((x + y) / 2, y - x) if np.ptp(x + y) > 0 else None  # no range of sizes: no slope
-    se_limit = result["sd"] * np.sqrt(1 / n + Z95**2 / (2 * (n - 1)))
-    errors = {"bias": result["sd"] / np.sqrt(n), "loa_low": se_limit, "loa_high": se_limit}
-    errors["slope"] = line.stderr if line else np.nan
-    for name, error in errors.items():
-        half = error * stats.t.ppf(0.975, n - 2 if name == "slope" else n - 1)
-        result |= {f"{name}_ci_low": float(result[name] - half), f"{name}_ci_high": float(result[name] + half)}
-    return result | {"slope_p": float(line.pvalue) if line else np.nan}
-
-
-def deming(
-    reference: ndarray,
-    estimate: ndarray,
-    ratio=1.0,
-    subjects: Sequence | None = None,
-    rng: Generator | None = None,
-    n_resamples: int = 2000,
-) -> dict[str, float]:
-    """Deming line estimate = intercept + slope * reference, (n,) both with error (Linnet 1993).
-
-    ratio = error variance of estimate / that of reference (1: orthogonal). With `subjects` and `rng` also
-    `<name>_ci_low/high` by subject bootstrap. Raises InputFault where the two do not vary together.
-    """
-    x, y = _pairs(reference, estimate)
-    values = _deming_of(_resampled_sums(x, y, subjects, rng, n_resamples)[:, 0], ratio, x.mean())
-    if not np.isfinite(values["slope"][0]):
-        raise InputFault("reference, estimate", "do not vary together", "give two measurements of one thing")
-    line = {name: float(value[0]) for name, value in values.items()}
-    return line | ({} if subjects is None else _intervals(values))
+        for name, values in draws.items():
+            result |= _interval(values, f"{name}_")
+        return result | {"slope_p": _bootstrap_p(slope)}
+    for name in ("bias", "loa_low", "loa_high"):
+        variance = 1 / n if name == "bias" else 1 / n + _Z95**2 / (2 * (n - 1))
+        half = stats.t.ppf(0.975, n - 1) * result["sd"] * np.sqrt(variance)
+        result |= {f"{name}_ci_low": result[name] - half, f"{name}_ci_high": result[name] + half}
+    return result
 
 
 def conformal_radius(scores: ndarray, level: float = 0.90) -> float:
-    """Split-conformal radius: the ceil((n + 1) level)-th smallest calibration score, infinite when that exceeds n.
+    """Split-conformal radius: the ceil((n + 1) level)-th smallest score; infinite beyond the n-th.
 
-    Scores |reference - estimate| (n,), or divided by the predicted SD. Covers a new, exchangeable target with
-    probability >= level (Vovk 2005; Lei 2018).
+    Scores |reference - estimate| (n,) of calibration targets, or these divided by the predicted SD.
+    The radius covers a new, exchangeable target with probability >= level (Vovk 2005; Lei 2018).
     """
     scores = np.sort(np.asarray(scores, dtype=float))
     if np.isnan(scores).any() or not 0 < level < 1:
-        raise InputFault("conformal interval", f"NaN score or level {level}", "give numbers and 0 < level < 1")
-    rank = int(np.ceil(round((len(scores) + 1) * level, 9)))  # 10 * 0.9 must not become rank 10 by rounding
+        problem = f"hold NaN or the level is {level}"
+        raise InputError("conformal scores", problem, "give numbers and a level between 0 and 1")
+    rank = int(np.ceil(round((len(scores) + 1) * level, 9)))  # 10 * 0.9 must not become rank 10
     return float(scores[rank - 1]) if rank <= len(scores) else np.inf
 
 
-def cross_conformal(
-    reference: ndarray, estimate: ndarray, folds: ndarray, sd: ndarray | None = None, level=0.90
-) -> pd.DataFrame:
-    """Interval of each out-of-fold estimate, calibrated on the other folds' residuals: DataFrame(low, high, covered).
+def cross_conformal(reference, estimate, folds, sd=None, level=0.90) -> pd.DataFrame:
+    """Interval of each out-of-fold estimate, calibrated on the residuals of the other folds.
 
-    folds (n,): subject-wise folds. sd (n,): predicted SD, so that uncertain patches get wider intervals.
+    folds (n,): subject-wise folds. sd (n,): predicted SD, so that uncertain patches get wider
+    intervals. Returns DataFrame(low, high, covered).
     """
     x, y = _pairs(reference, estimate)
-    folds, sd = np.asarray(folds), np.ones_like(x) if sd is None else np.asarray(sd, dtype=float)
-    radius = {fold: conformal_radius((np.abs(x - y) / sd)[folds != fold], level) for fold in np.unique(folds)}
-    half = sd * np.array([radius[fold] for fold in folds])
+    folds = np.asarray(folds)
+    scale = np.ones_like(x) if sd is None else np.asarray(sd, dtype=float)
+    scores, half = np.abs(x - y) / scale, np.empty_like(x)
+    for fold in np.unique(folds):
+        half[folds == fold] = conformal_radius(scores[folds != fold], level)
+    half *= scale
     return pd.DataFrame({"low": y - half, "high": y + half, "covered": np.abs(x - y) <= half})
 
 
-def restored_spread(reference: ndarray, estimate: ndarray, folds: ndarray) -> ndarray:
-    """Out-of-fold estimates, (n,) or (n, k), given the reference's mean and SD; each fold by those of the others.
-
-    The reduced major axis: it undoes the shrinkage to the mean of a least-squares fit, which ICC(A,1) punishes, and
-    pays with squared error. folds (n,): subject-wise folds; where the others' estimates are all equal, nothing says how
-    to stretch, and the mean is given. Raises InputFault for constant values, NaN.
-    """
-    x, y = _varying(reference, estimate)
-    folds, restored = np.asarray(folds), np.empty_like(y)
-    for own in [folds == fold for fold in np.unique(folds)]:
-        varies, zero = np.ptp(y[~own], axis=0) > 0, np.zeros(y.shape[1:])
-        stretch = np.divide(x[~own].std(axis=0), y[~own].std(axis=0), out=zero, where=varies)
-        restored[own] = x[~own].mean(axis=0) + stretch * (y[own] - y[~own].mean(axis=0))
-    return restored
+def _reference_and_estimate(frame: pd.DataFrame, against: str) -> tuple[ndarray, ndarray]:
+    names = list(BIOMARKERS)
+    return frame[[f"{name}_{against}" for name in names]].to_numpy(), frame[names].to_numpy()
 
 
 def _pairs(reference: ndarray, estimate: ndarray) -> tuple[ndarray, ndarray]:
     x, y = np.asarray(reference, dtype=float), np.asarray(estimate, dtype=float)
+    source = "reference, estimate"
     if x.shape != y.shape:
-        raise InputFault("reference, estimate", f"have shapes {x.shape} and {y.shape}", "give pairs")
+        raise InputError(source, f"have shapes {x.shape} and {y.shape}", "give pairs")
     if len(x) < 3:
-        raise InputFault("reference, estimate", f"have {len(x)} values", "give at least 3 pairs")
+        raise InputError(source, f"have {len(x)} values", "give at least 3 pairs")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise InputFault("reference, estimate", "hold NaN or infinity", "leave out, and count, missing values")
+        raise InputError(source, "hold NaN or infinity", "leave missing values out and count them")
     return x, y
 
 
-def _varying(reference: ndarray, estimate: ndarray) -> tuple[ndarray, ndarray]:
+def _varying_pairs(reference: ndarray, estimate: ndarray) -> tuple[ndarray, ndarray]:
     x, y = _pairs(reference, estimate)
     for name, values in (("reference", x), ("estimate", y)):
         if (np.ptp(values, axis=0) == 0).any():
-            raise InputFault(name, "is constant", "give values that differ between targets")
+            raise InputError(name, "is constant", "give values that differ between targets")
     return x, y
 
 
-def _resampled_sums(
-    x: ndarray, y: ndarray, subjects: Sequence | None, rng: Generator | None, n_resamples: int
-) -> ndarray:
-    """Sums of 1, x, y, xx, yy, xy, (6, columns, 1 + resamples of subjects); the first are the data as they are.
+def _resampled_moments(x: ndarray, y: ndarray, subjects=None, rng=None, n_resamples=2000) -> tuple:
+    """n, mean x, mean y, var x, var y, cov (ddof = 1), each (columns, 1 + resamples of subjects).
 
-    x, y (n,) or (n, columns), less the mean of x against rounding. Without subjects: no resample.
+    x, y are (n,) or (n, columns); the first value of each is of the data as they are. Without
+    `subjects` nothing is resampled. The data's mean of x is taken off both against rounding.
     """
-    x, y = (v.reshape(len(v), -1) for v in _pairs(x, y))
+    x, y = x.reshape(len(x), -1), y.reshape(len(y), -1)
     x, y = x - x.mean(axis=0), y - x.mean(axis=0)
     codes, names = pd.factorize(np.zeros(len(x)) if subjects is None else np.asarray(subjects))
-    n = len(names)
-    if n < 2 and subjects is not None:
-        raise InputFault("subjects", f"are {n}", "give at least 2 to resample")
-    sums = np.zeros((n, 6, x.shape[1]))
+    n_subjects = len(names)
+    weights = np.ones((1, n_subjects))
+    if subjects is not None:
+        if n_subjects < 2:
+            raise InputError("subjects", f"are {n_subjects}", "give at least 2 to resample")
+        draws = rng.multinomial(n_subjects, np.full(n_subjects, 1 / n_subjects), n_resamples)
+        weights = np.vstack([weights, draws])
+    sums = np.zeros((n_subjects, 6, x.shape[1]))
     np.add.at(sums, codes, np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1))
-    draws = [np.ones((1, n))] + ([] if subjects is None else [rng.multinomial(n, np.full(n, 1 / n), n_resamples)])
-    return np.moveaxis(np.tensordot(np.vstack(draws), sums, 1), 0, -1)
+    n, sum_x, sum_y, *sums_of_products = np.moveaxis(np.tensordot(weights, sums, 1), 0, -1)
+    mean_x, mean_y = sum_x / n, sum_y / n
+    products_of_means = mean_x * mean_x, mean_y * mean_y, mean_x * mean_y
+    pairs = zip(sums_of_products, products_of_means, strict=True)
+    var_x, var_y, cov = [(total / n - product) * n / (n - 1) for total, product in pairs]
+    return n, mean_x, mean_y, var_x, var_y, cov
 
 
-def _variances(sums: ndarray) -> tuple[ndarray, ...]:
-    """n, mean x, mean y, var x, var y, cov (ddof = 1) of `_resampled_sums`."""
-    n, mx, my = sums[0], sums[1] / sums[0], sums[2] / sums[0]
-    return n, mx, my, *((sums[3:] / n - np.stack([mx * mx, my * my, mx * my])) * n / (n - 1))
+def _icc(moments: tuple) -> ndarray:
+    n, mean_x, mean_y, var_x, var_y, cov = moments
+    return 2 * cov / (var_x + var_y + (mean_y - mean_x) ** 2 - (var_x + var_y - 2 * cov) / n)
 
 
-def _icc_of(sums: ndarray) -> ndarray:
-    n, mx, my, vx, vy, cov = _variances(sums)
-    return 2 * cov / (vx + vy + (my - mx) ** 2 - (vx + vy - 2 * cov) / n)
-
-
-def _bland_altman_of(sums: ndarray) -> dict[str, ndarray]:
-    _, mx, my, vx, vy, cov = _variances(sums)
-    bias, sd = my - mx, np.sqrt(np.maximum(vx + vy - 2 * cov, 0))
-    with np.errstate(invalid="ignore"):
-        slope = 2 * (vy - vx) / (vx + vy + 2 * cov)
-    return {"bias": bias, "sd": sd, "loa_low": bias - Z95 * sd, "loa_high": bias + Z95 * sd, "slope": slope}
-
-
-def _deming_of(sums: ndarray, ratio: float, shift: float) -> dict[str, ndarray]:
-    _, mx, my, vx, vy, cov = _variances(sums)
+def _correlation(moments: tuple) -> ndarray:
+    _, _, _, var_x, var_y, cov = moments
     with np.errstate(invalid="ignore", divide="ignore"):
-        slope = (vy - ratio * vx + np.hypot(vy - ratio * vx, 2 * np.sqrt(ratio) * cov)) / (2 * cov)
-        return {"slope": slope, "intercept": (my + shift) - slope * (mx + shift)}
+        return cov / np.sqrt(var_x * var_y)
 
 
-def _interval(draws: ndarray, name: str = "") -> dict[str, float]:
-    """95 % percentile interval of the resamples (all rows but the first), Efron & Tibshirani 1993."""
-    low, high = np.nanpercentile(draws[1:], [2.5, 97.5])
-    return {f"{name}ci_low": float(low), f"{name}ci_high": float(high)}
+def _relative_error(moments: tuple) -> ndarray:
+    """Mean squared difference over the variance of x, both with ddof = 0."""
+    n, mean_x, mean_y, var_x, var_y, cov = moments
+    return (var_x + var_y - 2 * cov + (mean_y - mean_x) ** 2 * n / (n - 1)) / var_x
 
 
-def _intervals(values: dict[str, ndarray]) -> dict[str, float]:
-    return {k: v for name, draws in values.items() for k, v in _interval(draws, f"{name}_").items()}
+def _interval(draws: ndarray, prefix: str = "") -> dict[str, float]:
+    """95 % percentile interval of the resamples, all but the first (Efron & Tibshirani 1993)."""
+    low, high = pd.Series(draws[1:]).quantile([0.025, 0.975])  # NaN is left out
+    return {f"{prefix}ci_low": float(low), f"{prefix}ci_high": float(high)}
 
 
-def _tail_p(draws: ndarray) -> float:
+def _bootstrap_p(draws: ndarray) -> float:
     tail = min(np.sum(draws[1:] <= 0), np.sum(draws[1:] >= 0))
     return float(min(1.0, 2 * (tail + 1) / len(draws)))

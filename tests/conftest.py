@@ -1,4 +1,4 @@
-"""What every test shares: drawing without a screen, one thread, the optional real data, one tiny study."""
+"""What every test shares: drawing without a screen, one thread, the optional real data."""
 
 import os
 from pathlib import Path

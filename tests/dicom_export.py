@@ -1,4 +1,4 @@
-"""Makers of small DICOM exports for the tests: slices of any image, single or in one multi-frame file."""
+"""Writes small DICOM exports for the tests: single slices, or one multi-frame file."""
 
 from pathlib import Path
 
@@ -24,20 +24,29 @@ PERSON = {
 
 def small(n: int = 10, gap_mm: float = 1.25, offset: float = 0.0) -> sitk.Image:
     """A stack with the values of a knee CT, 9 x 10 pixels."""
-    image = sitk.GetImageFromArray(np.linspace(-120, 1300, n * 90).reshape(n, 10, 9).astype(np.int16))
+    image = sitk.GetImageFromArray(
+        np.linspace(-120, 1300, n * 90).reshape(n, 10, 9).astype(np.int16)
+    )
     image.SetSpacing((0.5, 0.6, gap_mm))
     image.SetOrigin((-20.0, 5.0, 40.0 + offset))
     return image
 
 
-def write_series(folder: Path, image: sitk.Image, modality: str = "CT", series: str = "1.2.3", **tags) -> list[Path]:
-    """Write each slice as a file without extension; tags that are None are left out. Returns the files by position."""
+def write_series(
+    folder: Path, image: sitk.Image, modality: str = "CT", series: str = "1.2.3", **tags
+) -> list[Path]:
+    """Write each slice as a file without extension; tags that are None are left out.
+
+    Returns the files by position.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     array, files = sitk.GetArrayFromImage(image), []
     for number, pixels in enumerate(array):
         data = header(modality, f"{series}.{number + 1}", series, pixels, **tags)
         place(data, image, number)
-        data.PixelData = (pixels.astype(np.int32) + (1024 if modality == "CT" else 0)).astype(np.int16).tobytes()
+        data.PixelData = (
+            (pixels.astype(np.int32) + (1024 if modality == "CT" else 0)).astype(np.int16).tobytes()
+        )
         files.append(folder / f"IM{len(array) - number:04d}_{series}")
         data.save_as(files[-1], enforce_file_format=True)
     return files
@@ -48,23 +57,37 @@ def header(modality: str, uid: str, series: str, pixels: np.ndarray, **tags) -> 
     data = Dataset()
     data.file_meta = FileMetaDataset()
     data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = CT_CLASS if modality == "CT" else MR_CLASS
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = (
+        CT_CLASS if modality == "CT" else MR_CLASS
+    )
     data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = uid
-    data.SeriesInstanceUID, data.Modality, (data.Rows, data.Columns) = series, modality, pixels.shape[-2:]
-    data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = 1, "MONOCHROME2", 1
+    data.SeriesInstanceUID, data.Modality, (data.Rows, data.Columns) = (
+        series,
+        modality,
+        pixels.shape[-2:],
+    )
+    data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = (
+        1,
+        "MONOCHROME2",
+        1,
+    )
     data.BitsAllocated, data.BitsStored, data.HighBit = 16, 16, 15
     if modality == "CT":
         data.RescaleSlope, data.RescaleIntercept, data.ConvolutionKernel = 1, -1024, "BONE"
-    for name, value in (PERSON | {"SliceThickness": 1.0, "Laterality": "R", "SeriesNumber": 1} | tags).items():
+    for name, value in (
+        PERSON | {"SliceThickness": 1.0, "Laterality": "R", "SeriesNumber": 1} | tags
+    ).items():
         if value is not None:
             setattr(data, name, value)
     return data
 
 
 def place(data: Dataset, image: sitk.Image, number: int) -> None:
-    """Position, orientation and pixel spacing of a slice (rounded as DICOM's 16 characters demand)."""
+    """Position, orientation and pixel spacing of a slice, rounded to DICOM's 16 characters."""
     axes = np.reshape(image.GetDirection(), (3, 3))
-    data.ImagePositionPatient = [round(v, 5) for v in image.TransformIndexToPhysicalPoint((0, 0, number))]
+    data.ImagePositionPatient = [
+        round(v, 5) for v in image.TransformIndexToPhysicalPoint((0, 0, number))
+    ]
     data.ImageOrientationPatient = [round(v, 9) for v in (*axes[:, 0], *axes[:, 1])]
     data.PixelSpacing = [image.GetSpacing()[1], image.GetSpacing()[0]]
 

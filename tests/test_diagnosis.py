@@ -1,11 +1,15 @@
-"""ROC statistics against published data and brute force; the patch Transformer against its invariants and controls."""
+"""ROC statistics against published data and brute force; the Transformer against invariants."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from ctsma.cohort import BIOMARKERS, COMPARTMENTS, InputFault
+from ctsma.common import BIOMARKERS, COMPARTMENTS, InputError
 from ctsma.diagnosis import (
     PatchTransformer,
     TransformerSettings,
@@ -16,23 +20,17 @@ from ctsma.diagnosis import (
     compare_delong,
     compartment_means,
     cross_validate_arms,
-    cross_validate_diagnosis,
     cross_validate_tabular,
-    detectable_auc_difference,
-    explain_diagnosis,
-    hanley_mcneil_se,
-    holm,
-    mean_interval,
     net_benefit,
     permute_labels,
-    remove_feature,
     roc_band,
     sensitivity_at_specificity,
-    shuffle_patches,
-    subgroup_auc,
+    tokens_by_arm,
 )
+from ctsma.diagnosis.statistics import hanley_mcneil_se
 
-# Hanley & McNeil 1982, Radiology 143, table I: CT ratings 1..5 of 58 normal and 51 abnormal patients
+# Hanley & McNeil 1982, Radiology 143, table I: CT ratings 1..5 of 58 normal and 51 abnormal
+# patients
 RATINGS = np.repeat([1, 2, 3, 4, 5] * 2, [33, 6, 6, 11, 2, 3, 2, 2, 11, 33]).astype(float)
 ABNORMAL = np.repeat([0, 1], [58, 51])
 SMALL = TransformerSettings(width=16, layers=1, max_epochs=25, learning_rate=1e-2)
@@ -40,7 +38,9 @@ SMALL = TransformerSettings(width=16, layers=1, max_epochs=25, learning_rate=1e-
 
 def brute_force(labels: np.ndarray, scores: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
     """AUC and its structural components by the double loop of DeLong 1988."""
-    kernel = np.array([[(a > b) + 0.5 * (a == b) for b in scores[labels == 0]] for a in scores[labels == 1]])
+    kernel = np.array(
+        [[(a > b) + 0.5 * (a == b) for b in scores[labels == 0]] for a in scores[labels == 1]]
+    )
     return kernel.mean(), kernel.mean(axis=1), kernel.mean(axis=0)
 
 
@@ -53,7 +53,9 @@ def two_scores(n: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def test_hanley_and_mcneil_1982():
     result = auc_delong(ABNORMAL, RATINGS)
-    assert (result["auc"], result["se"]) == pytest.approx((0.8932, 0.0307), abs=5e-5)  # published rounding
+    assert (result["auc"], result["se"]) == pytest.approx(
+        (0.8932, 0.0307), abs=5e-5
+    )  # published rounding
     assert (result["ci_low"], result["ci_high"]) == pytest.approx((0.833, 0.953), abs=5e-4)
     assert hanley_mcneil_se(result["auc"], 51, 58) == pytest.approx(0.0325, abs=5e-5)
     assert result["flag"] == ""
@@ -61,7 +63,9 @@ def test_hanley_and_mcneil_1982():
 
 def test_delong_is_the_u_statistic_of_the_double_loop():
     labels, a, b = two_scores()
-    (auc_a, cases_a, controls_a), (auc_b, cases_b, controls_b) = (brute_force(labels, s) for s in (a, b))
+    (auc_a, cases_a, controls_a), (auc_b, cases_b, controls_b) = (
+        brute_force(labels, s) for s in (a, b)
+    )
     variance = np.cov(cases_a, cases_b) / 30 + np.cov(controls_a, controls_b) / 30
     result, pair = auc_delong(labels, a), compare_delong(labels, a, b)
     assert (result["auc"], result["se"] ** 2) == pytest.approx((auc_a, variance[0, 0]), rel=1e-12)
@@ -83,10 +87,14 @@ def test_perfect_and_constant_scores_are_flagged_and_keep_an_open_interval():
     labels = np.repeat([0, 1], 20)
     for scores, auc in ((labels, 1), (1 - labels, 0), (np.zeros(40), 0.5)):
         result = auc_delong(labels, scores)
-        assert (result["auc"], result["se"]) == (auc, 0) and "zero DeLong variance" in result["flag"]
+        assert (result["auc"], result["se"]) == (auc, 0) and "zero DeLong variance" in result[
+            "flag"
+        ]
         assert result["ci_high"] - result["ci_low"] > 0.05
     perfect = auc_delong(labels, labels)
-    assert 0.85 < perfect["ci_low"] < 0.95  # Wilson for 20 of 20 is 0.84; two samples of 20 know a little more
+    assert (
+        0.85 < perfect["ci_low"] < 0.95
+    )  # Wilson for 20 of 20 is 0.84; two samples of 20 know a little more
     assert auc_delong(labels, 1 - labels)["ci_high"] == pytest.approx(1 - perfect["ci_low"])
     undecided = compare_delong(labels, labels, np.zeros(40))
     assert undecided["z"] == np.inf and np.isnan(undecided["p"])
@@ -103,7 +111,7 @@ def test_perfect_and_constant_scores_are_flagged_and_keep_an_open_interval():
     ],
 )
 def test_auc_refuses(labels, scores, words):
-    with pytest.raises(InputFault, match=words):
+    with pytest.raises(InputError, match=words):
         auc_delong(labels, scores)
 
 
@@ -113,19 +121,16 @@ def test_bootstrap_agrees_with_delong_and_resamples_subjects():
     alone = bootstrap_auc(labels, a, np.arange(200), np.random.default_rng(0))
     assert alone["auc"] == pytest.approx(known["auc"])
     # both estimate the same SE; at 100 + 100 the two half-widths differ by a few per cent
-    assert alone["ci_high"] - alone["ci_low"] == pytest.approx(known["ci_high"] - known["ci_low"], rel=0.15)
-    twins = [np.tile(v, 2) for v in (labels, a, np.arange(200))]  # every knee twice tells nothing new
+    assert alone["ci_high"] - alone["ci_low"] == pytest.approx(
+        known["ci_high"] - known["ci_low"], rel=0.15
+    )
+    twins = [np.tile(v, 2) for v in (labels, a, np.arange(200))]  # every knee twice adds nothing
     assert bootstrap_auc(*twins, np.random.default_rng(0)) == pytest.approx(alone)
     band = roc_band(labels, a, np.arange(200), np.random.default_rng(0), 200)
     assert (band["low"] <= band["tpr"]).all() and (band["tpr"] <= band["high"]).all()
-    assert np.trapezoid(band["tpr"], band["fpr"]) == pytest.approx(known["auc"], abs=0.005)  # grid of 1 %
-
-
-def test_holm_by_hand_and_refusal():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.5, 0.9]) == pytest.approx([1, 1]) and len(holm([])) == 0
-    with pytest.raises(InputFault):
-        holm([0.1, np.nan])
+    assert np.trapezoid(band["tpr"], band["fpr"]) == pytest.approx(
+        known["auc"], abs=0.005
+    )  # grid of 1 %
 
 
 def test_sensitivity_and_net_benefit_by_counting():
@@ -134,7 +139,9 @@ def test_sensitivity_and_net_benefit_by_counting():
     assert (result["threshold"], result["specificity"], result["sensitivity"]) == (0.4, 0.9, 0.6)
     assert result["ci_low"] < 0.6 < result["ci_high"]
     curve = net_benefit(labels, scores, [0.2, 0.4])
-    assert curve["model"].to_numpy() == pytest.approx([0.5 - 0.3 / 4, 0.35 - 0.1 / 1.5])  # TP/n - FP/n t/(1-t)
+    assert curve["model"].to_numpy() == pytest.approx(
+        [0.5 - 0.3 / 4, 0.35 - 0.1 / 1.5]
+    )  # TP/n - FP/n t/(1-t)
     assert curve["treat_all"].to_numpy() == pytest.approx([0.5 - 0.5 / 4, 0.5 - 0.5 / 1.5])
 
 
@@ -144,93 +151,108 @@ def test_calibration_recovers_a_known_distortion():
     labels = (rng.random(n) < 1 / (1 + np.exp(-logit))).astype(int)
     stretched = 1 / (1 + np.exp(-2 * logit))
     shifted = 1 / (1 + np.exp(-logit + 0.5))
-    assert calibration(labels, stretched)["slope"] == pytest.approx(0.5, abs=0.03)  # 3 SE of the fit
+    assert calibration(labels, stretched)["slope"] == pytest.approx(
+        0.5, abs=0.03
+    )  # 3 SE of the fit
     assert calibration(labels, shifted)["intercept"] == pytest.approx(0.5, abs=0.05)
-    assert calibration([0, 0, 1, 1], [0.1, 0.4, 0.3, 0.9])["brier"] == pytest.approx((0.01 + 0.16 + 0.49 + 0.01) / 4)
-    assert np.isnan(calibration([0, 0, 1, 1], [0.1, 0.2, 0.8, 0.9])["slope"])  # separated: no slope exists
+    assert calibration([0, 0, 1, 1], [0.1, 0.4, 0.3, 0.9])["brier"] == pytest.approx(
+        (0.01 + 0.16 + 0.49 + 0.01) / 4
+    )
+    assert np.isnan(
+        calibration([0, 0, 1, 1], [0.1, 0.2, 0.8, 0.9])["slope"]
+    )  # separated: no slope exists
     curve = calibration_curve(labels, stretched)
     assert (curve["ci_low"] < curve["observed"]).all() and curve["n"].sum() == n
-    with pytest.raises(InputFault, match="outside"):
+    with pytest.raises(InputError, match="outside"):
         calibration([0, 0, 1, 1], [0.1, 0.2, 0.8, 1.9])
 
 
-def test_detectable_difference_has_the_power_it_promises():
-    loss = detectable_auc_difference(40, 40, 0.88, correlation=0.5)
-    a, b = hanley_mcneil_se(0.88, 40, 40), hanley_mcneil_se(0.88 - loss, 40, 40)
-    assert loss / np.sqrt(a**2 + b**2 - a * b) == pytest.approx(1.960 + 0.8416, abs=1e-3)
-    assert detectable_auc_difference(400, 400, 0.88) < loss / 2.5  # about the root of ten
-    assert np.isnan(detectable_auc_difference(4, 4, 0.88))
-
-
-def test_mean_interval_by_hand_and_refusal():
-    found = mean_interval([1, 2, 3, 4, 5])  # SD 1.5811, SE 0.7071, t(4) 2.776
-    assert (found["mean"], found["ci_low"], found["ci_high"]) == pytest.approx((3, 1.0367, 4.9633), abs=1e-3)
-    assert mean_interval([0.5])["ci_low"] == -np.inf  # one value says nothing of its spread
-    for values in ([], [0.5, np.nan]):
-        with pytest.raises(InputFault, match="empty or hold NaN"):
-            mean_interval(values)
-
-
-def test_subgroups_are_the_auc_of_their_knees_and_small_ones_stay_empty():
-    labels, scores, _ = two_scores()
-    half = np.arange(60) < 30
-    found = subgroup_auc(labels, scores, {"all": np.ones(60), "half": half, "one": np.arange(60) < 3}).set_index(
-        "group"
-    )
-    whole, part = auc_delong(labels, scores), auc_delong(labels[half], scores[half])
-    for group, known in (("all", whole), ("half", part)):
-        assert found.loc[group, ["auc", "ci_low", "ci_high"]].tolist() == [
-            known[k] for k in ("auc", "ci_low", "ci_high")
-        ]
-    assert found.loc["one", ["n_oa", "n_other"]].tolist() == [1, 2] and np.isnan(found.loc["one", "auc"])
-
-
-def cohort(n: int = 40, effect: float = 3.0, seed: int = 0) -> tuple[pd.DataFrame, pd.Series, pd.DataFrame]:
-    """Tokens of n knees of n subjects, 3 patches a compartment; OA shows in the medial compartments only."""
+def cohort(
+    n: int = 40, effect: float = 3.0, seed: int = 0
+) -> tuple[pd.DataFrame, pd.Series, pd.DataFrame]:
+    """Tokens of n knees of n subjects, 3 patches per compartment; OA changes the medial ones."""
     rng, rows = np.random.default_rng(seed), []
     for knee in range(n):
         for name in COMPARTMENTS:
             shift = effect * (knee % 2) * name.endswith("medial") * np.array([1, 0.5, -0.5, 0.2])
             for values in rng.normal(size=(3, 7)):
-                rows.append((f"k{knee:02d}", f"s{knee:02d}", name, *values[:3], *(values[3:] + shift)))
-    tokens = pd.DataFrame(rows, columns=["knee_id", "subject_id", "compartment", "u", "v", "w", *BIOMARKERS])
+                rows.append(
+                    (f"k{knee:02d}", f"s{knee:02d}", name, *values[:3], *(values[3:] + shift))
+                )
+    tokens = pd.DataFrame(
+        rows, columns=["knee_id", "subject_id", "compartment", "u", "v", "w", *BIOMARKERS]
+    )
     labels = pd.Series(np.arange(n) % 2, index=[f"k{knee:02d}" for knee in range(n)])
-    splits = pd.DataFrame({"subject_id": [f"s{knee:02d}" for knee in range(n)], "fold": np.arange(n) // 2 % 4})
+    splits = pd.DataFrame(
+        {"subject_id": [f"s{knee:02d}" for knee in range(n)], "fold": np.arange(n) // 2 % 4}
+    )
     return tokens, labels, splits
+
+
+def cross_validate(tokens, labels, splits, settings=SMALL, seed: int = 0) -> pd.DataFrame:
+    scores = cross_validate_arms({"arm": tokens}, labels, splits, settings, [seed])
+    return scores.drop(columns=["arm", "seed"])
 
 
 def auc_of(scores: pd.DataFrame, labels: pd.Series) -> float:
     return auc_delong(labels[scores["knee_id"]], scores["score"])["auc"]
 
 
+def test_tokens_of_an_arm_and_of_the_reference():
+    rng = np.random.default_rng(0)
+    place, _, _ = cohort(4)
+    place["patch_id"] = place.groupby("knee_id").cumcount()
+    references = [f"{name}_reference" for name in BIOMARKERS]
+    place[references] = rng.normal(size=(len(place), 4))
+    predictions = pd.concat([place.assign(arm="ct_sma"), place.assign(arm="ct_only", bv_tv=0.5)])
+    tokens = tokens_by_arm(predictions.assign(bv_tv_sd=1.0), ["k01", "k03"])
+    assert list(tokens) == ["ct_sma", "ct_only", "mr_reference"]
+    columns = {"knee_id", "subject_id", "patch_id", "compartment", "u", "v", "w", *BIOMARKERS}
+    assert all(set(rows) == columns and len(rows) == 24 for rows in tokens.values())
+    assert tokens["ct_only"]["bv_tv"].eq(0.5).all()
+    kept = place[place["knee_id"].isin(["k01", "k03"])]
+    assert np.array_equal(tokens["mr_reference"][list(BIOMARKERS)], kept[references])
+
+
 def test_transformer_finds_oa_on_knees_it_never_saw_and_repeats_itself():
     tokens, labels, splits = cohort()
-    first = cross_validate_diagnosis(tokens, labels, splits, SMALL, seed=3)
+    first = cross_validate(tokens, labels, splits, seed=3)
     assert auc_of(first, labels) > 0.9  # the effect is 3 SD on six patches
     assert first["knee_id"].tolist() == labels.index.tolist() and first["score"].between(0, 1).all()
     assert first["fold"].tolist() == splits["fold"].tolist()
     state = torch.random.get_rng_state()
-    again = cross_validate_diagnosis(tokens, labels, splits, SMALL, seed=3)
+    again = cross_validate(tokens, labels, splits, seed=3)
     assert first.equals(again) and torch.equal(state, torch.random.get_rng_state())
-    assert not first.equals(cross_validate_diagnosis(tokens, labels, splits, SMALL, seed=4))
+    assert not first.equals(cross_validate(tokens, labels, splits, seed=4))
 
 
 def test_each_compartment_has_its_own_embedding():
     torch.manual_seed(0)
-    model, tokens = PatchTransformer(3 + len(COMPARTMENTS), SMALL).eval(), torch.randn(2, 5, 3 + len(COMPARTMENTS))
+    model, tokens = (
+        PatchTransformer(3 + len(COMPARTMENTS), SMALL).eval(),
+        torch.randn(2, 5, 3 + len(COMPARTMENTS)),
+    )
     tokens[..., 3:] = torch.eye(len(COMPARTMENTS))[1]  # all patches lie in the second compartment
     model(tokens, torch.zeros(2, 5, dtype=torch.bool))[0].sum().backward()
-    reached = model.embed.weight.grad.abs().sum(dim=0).reshape(4, len(COMPARTMENTS)) > 0  # three features and the place
+    reached = (
+        model.embed.weight.grad.abs().sum(dim=0).reshape(4, len(COMPARTMENTS)) > 0
+    )  # three features and the place
     assert reached[:, 1].all() and reached.sum() == 4
 
 
-def test_arms_in_one_sweep_are_the_arms_one_by_one():
+def test_arms_of_one_call_equal_the_arms_one_by_one():
     tokens, labels, splits = cohort()
-    arms = {"mr_reference": tokens, "ct_only": shuffle_patches(tokens, np.random.default_rng(0))}
+    noise = tokens.copy()
+    noise[list(BIOMARKERS)] = np.random.default_rng(0).normal(size=(len(tokens), 4))
+    arms = {"mr_reference": tokens, "ct_only": noise}
     sweep = cross_validate_arms(arms, labels, splits, SMALL, seeds=[0, 1])
-    part = sweep.query("arm == 'mr_reference' and seed == 1").drop(columns=["arm", "seed"]).reset_index(drop=True)
-    assert part.equals(cross_validate_diagnosis(tokens, labels, splits, SMALL, seed=1))
-    assert auc_of(sweep.query("arm == 'ct_only' and seed == 0"), labels) < 0.8  # no patient left to diagnose
+    part = (
+        sweep.query("arm == 'mr_reference' and seed == 1")
+        .drop(columns=["arm", "seed"])
+        .reset_index(drop=True)
+    )
+    assert part.equals(cross_validate(tokens, labels, splits, seed=1))
+    assert auc_of(sweep.query("arm == 'ct_only' and seed == 0"), labels) < 0.8  # 3 SE above 0.5
 
 
 def test_a_test_knee_cannot_reach_its_own_model():
@@ -240,9 +262,11 @@ def test_a_test_knee_cannot_reach_its_own_model():
     strange.loc[test_rows, list(BIOMARKERS)] = 1e3
     flipped = labels.copy()
     flipped[["k00", "k01"]] = [1, 0]
-    kept = splits.set_index("subject_id")["fold"].eq(0).to_numpy() & ~labels.index.isin(["k00", "k01"])
-    before = cross_validate_diagnosis(tokens, labels, splits, SMALL)["score"][kept]
-    after = cross_validate_diagnosis(strange, flipped, splits, SMALL)["score"][kept]
+    kept = splits.set_index("subject_id")["fold"].eq(0).to_numpy() & ~labels.index.isin(
+        ["k00", "k01"]
+    )
+    before = cross_validate(tokens, labels, splits)["score"][kept]
+    after = cross_validate(strange, flipped, splits)["score"][kept]
     assert before.equals(after)
 
 
@@ -254,41 +278,33 @@ def test_order_and_padding_of_patches_do_not_matter():
     logit, weights = model(tokens, absent)
     order = torch.randperm(7)
     # float32 sums in another order
-    torch.testing.assert_close(model(tokens[:, order], absent[:, order])[0], logit, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model(tokens[1:2, :4], absent[1:2, :4])[0], logit[1:2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(tokens[:, order], absent[:, order])[0], logit, atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        model(tokens[1:2, :4], absent[1:2, :4])[0], logit[1:2], atol=1e-5, rtol=1e-5
+    )
     assert weights[1, 4:].eq(0).all() and torch.allclose(weights.sum(dim=1), torch.ones(3))
 
 
-def test_missing_compartments_and_uneven_knees_are_welcome():
+def test_missing_compartments_and_uneven_knees_are_accepted():
     tokens, labels, splits = cohort()
     few = tokens[~((tokens["knee_id"] < "k10") & tokens["compartment"].str.startswith("tibia"))]
-    few = few.drop(few.index[(few["knee_id"] == "k20")][1:]).sample(frac=1, random_state=0)  # one patch, any order
-    assert auc_of(cross_validate_diagnosis(few, labels, splits, SMALL), labels) > 0.85
+    few = few.drop(few.index[(few["knee_id"] == "k20")][1:]).sample(
+        frac=1, random_state=0
+    )  # one patch, any order
+    assert auc_of(cross_validate(few, labels, splits), labels) > 0.85
     features = compartment_means(few)
-    assert features.loc["k00", "bv_tv_tibia_medial"] != features.loc["k00", "bv_tv_tibia_medial"]  # NaN: absent
+    assert (
+        features.loc["k00", "bv_tv_tibia_medial"] != features.loc["k00", "bv_tv_tibia_medial"]
+    )  # NaN: absent
     assert auc_of(cross_validate_tabular(features, labels, splits), labels) > 0.85
 
 
 def test_the_smallest_cohort_runs_without_validation_subjects():
     tokens, labels, splits = cohort(4)
-    scores = cross_validate_diagnosis(tokens, labels, splits.assign(fold=[0, 0, 1, 1]), SMALL)
+    scores = cross_validate(tokens, labels, splits.assign(fold=[0, 0, 1, 1]))
     assert scores["score"].between(0, 1).all()
-
-
-def test_explanation_is_the_score_and_its_deletions():
-    tokens, labels, splits = cohort()
-    table = explain_diagnosis(tokens, labels, splits, SMALL, seed=2)
-    assert table.index.equals(tokens.index)
-    assert table.groupby("knee_id")["attention"].sum().to_numpy() == pytest.approx(1, abs=1e-5)
-    score = table.groupby("knee_id")["score"].first()
-    expected = cross_validate_diagnosis(tokens, labels, splits, SMALL, seed=2)["score"]
-    assert score.to_numpy() == pytest.approx(expected.to_numpy(), abs=1e-5)  # float32, other batch
-    medial = table["compartment"].str.endswith("medial")
-    size = table["contribution"].abs().groupby(medial).mean()
-    assert size[True] > size[False]  # the model rests on the compartments that carry the disease
-    for name in ("score_without_attended", "score_without_random"):
-        removed = table.groupby("knee_id")[name].first()
-        assert removed.between(0, 1).all() and (removed != score).mean() > 0.8  # some are sure either way
 
 
 @pytest.mark.parametrize("model", ["logistic", "svm"])
@@ -299,15 +315,19 @@ def test_tabular_comparators(model):
     scores = cross_validate_tabular(features, labels, splits, model)
     assert auc_of(scores, labels) > 0.9
     assert scores["knee_id"].tolist() == labels.index.tolist()
-    with pytest.raises(InputFault, match="choose one of"):
+    with pytest.raises(InputError, match="choose one of"):
         cross_validate_tabular(features, labels, splits, "forest")
 
 
 def test_permuted_labels_keep_folds_and_bilateral_subjects_whole():
     knees = [f"k{i:02d}" for i in range(40)]
-    owners = [f"s{i // 2:02d}" for i in range(20)] + [f"s{i:02d}" for i in range(20, 40)]  # ten of them bilateral
+    owners = [f"s{i // 2:02d}" for i in range(20)] + [
+        f"s{i:02d}" for i in range(20, 40)
+    ]  # ten of them bilateral
     subjects = pd.Series(owners, index=knees)
-    splits = pd.DataFrame({"subject_id": subjects.unique()}).assign(fold=lambda s: np.arange(len(s)) // 2 % 2)
+    splits = pd.DataFrame({"subject_id": subjects.unique()}).assign(
+        fold=lambda s: np.arange(len(s)) // 2 % 2
+    )
     labels = pd.Series(np.r_[np.tile([0, 1, 1, 1], 5), np.arange(20) % 2], index=knees)
     permuted = permute_labels(labels, subjects, splits, np.random.default_rng(0))
     assert not permuted.equals(labels) and permuted.index.equals(labels.index)
@@ -317,34 +337,23 @@ def test_permuted_labels_keep_folds_and_bilateral_subjects_whole():
     assert pairs[0] == pairs[1]  # a subject's two labels travel together
 
 
-def test_permuted_labels_hold_half():
+def test_permuted_labels_give_an_auc_of_one_half():
     tokens, labels, splits = cohort()
     subjects, rng = tokens.groupby("knee_id")["subject_id"].first(), np.random.default_rng(0)
     features, aucs = compartment_means(tokens), []
     for _ in range(20):
         permuted = permute_labels(labels, subjects, splits, rng)
         aucs.append(auc_of(cross_validate_tabular(features, permuted, splits), permuted))
-    assert np.mean(aucs) == pytest.approx(0.5, abs=0.08)  # SE of one is 0.09: 4 SE of the mean of 20
-
-
-def test_controls_change_only_what_they_say():
-    tokens, _, _ = cohort(8)
-    shuffled = shuffle_patches(tokens, np.random.default_rng(0))
-    assert shuffled.drop(columns=list(BIOMARKERS)).equals(tokens.drop(columns=list(BIOMARKERS)))
-    for _, rows in tokens.groupby("compartment").indices.items():
-        before, after = (set(map(tuple, t[list(BIOMARKERS)].to_numpy()[rows])) for t in (tokens, shuffled))
-        assert before == after  # whole measurements move, within their compartment
-    assert set(tokens) - set(remove_feature(tokens, "position")) == {"u", "v", "w"}
-    assert set(tokens) - set(remove_feature(tokens.assign(bv_tv_sd=1.0), "bv_tv")) == {"bv_tv"}
-    with pytest.raises(InputFault):
-        remove_feature(tokens, "colour")
+    assert np.mean(aucs) == pytest.approx(
+        0.5, abs=0.08
+    )  # SE of one is 0.09: 4 SE of the mean of 20
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda t, y, s: (t[t["knee_id"] != "k03"], y, s), "k03 lack patch"),
-        (lambda t, y, s: (t, y.drop("k03"), s), "k03 lack patch or label"),
+        (lambda t, y, s: (t[t["knee_id"] != "k03"], y, s), "k03 lack a patch"),
+        (lambda t, y, s: (t, y.drop("k03"), s), "k03 lack a patch or a label"),
         (lambda t, y, s: (t, y.astype(float).replace({1: np.nan}), s), "not 0 or 1"),
         (lambda t, y, s: (t, y + 1, s), "not 0 or 1"),
         (lambda t, y, s: (t.assign(tb_th_mm=np.nan), y, s), "nothing in tb_th_mm"),
@@ -352,12 +361,87 @@ def test_controls_change_only_what_they_say():
         (lambda t, y, s: (t.assign(compartment="patella"), y, s), "unknown compartment"),
         (lambda t, y, s: (t, y, pd.concat([s, s[:1].assign(fold=1)])), "s00 in two folds"),
         (lambda t, y, s: (t, y, s[1:]), "no fold for subject s00"),
-        (lambda t, y, s: (t, y, s.assign(fold=(y == 0).to_numpy().astype(int))), "one class only"),
+        (
+            lambda t, y, s: (t, y, s.assign(fold=(y == 0).to_numpy().astype(int))),
+            "one class only for training",
+        ),
         (lambda t, y, s: (t[:0], y[:0], s), "0 OA and 0 other"),
-        (lambda t, y, s: (t.assign(subject_id=["s00", *t["subject_id"][:-1]]), y, s), "named twice"),
+        (
+            lambda t, y, s: (t.assign(subject_id=["s00", *t["subject_id"][:-1]]), y, s),
+            "named twice",
+        ),
     ],
 )
-def test_faults_are_said_in_a_sentence(spoil, words):
+def test_wrong_inputs_raise_one_sentence(spoil, words):
     tokens, labels, splits = spoil(*cohort(8))
-    with pytest.raises(InputFault, match=words):
-        cross_validate_diagnosis(tokens, labels, splits, SMALL)
+    with pytest.raises(InputError, match=words):
+        cross_validate(tokens, labels, splits)
+
+
+@pytest.fixture(scope="module")
+def checks() -> ModuleType:
+    """The module benchmarks/diagnosis_checks.py."""
+    path = Path(__file__).parents[1] / "benchmarks" / "diagnosis_checks.py"
+    spec = importlib.util.spec_from_file_location("diagnosis_checks", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_detectable_difference_has_the_power_it_promises(checks):
+    loss = checks.detectable_auc_difference(40, 40, 0.88, correlation=0.5)
+    a, b = hanley_mcneil_se(0.88, 40, 40), hanley_mcneil_se(0.88 - loss, 40, 40)
+    assert loss / np.sqrt(a**2 + b**2 - a * b) == pytest.approx(1.960 + 0.8416, abs=1e-3)
+    larger = checks.detectable_auc_difference(400, 400, 0.88)
+    assert larger < loss / 2.5  # about the root of ten
+    assert np.isnan(checks.detectable_auc_difference(4, 4, 0.88))
+    assert np.isnan(checks.detectable_auc_difference(40, 40, 0.45))
+
+
+def test_mean_interval_by_hand_and_refusal(checks):
+    found = checks.mean_interval([1, 2, 3, 4, 5])  # SD 1.5811, SE 0.7071, t(4) 2.776
+    assert list(found.values()) == pytest.approx((3, 1.0367, 4.9633), abs=1e-3)
+    assert checks.mean_interval([0.5])["ci_low"] == -np.inf  # one value has no standard error
+    for values in ([], [0.5, np.nan]):
+        with pytest.raises(InputError, match="empty or hold NaN"):
+            checks.mean_interval(values)
+
+
+def test_subgroups_are_the_auc_of_their_knees_and_small_ones_stay_empty(checks):
+    labels, scores, _ = two_scores()
+    half = np.arange(60) < 30
+    groups = {"all": np.ones(60), "half": half, "one": np.arange(60) < 3}
+    found = pd.DataFrame(checks.subgroup_auc(labels, scores, groups)).set_index("group")
+    whole, part = auc_delong(labels, scores), auc_delong(labels[half], scores[half])
+    names = ["auc", "ci_low", "ci_high"]
+    for group, known in (("all", whole), ("half", part)):
+        assert found.loc[group, names].tolist() == [known[name] for name in names]
+    assert found.loc["one", ["n_oa", "n_other"]].tolist() == [1, 2]
+    assert np.isnan(found.loc["one", "auc"])
+
+
+def test_shuffling_moves_whole_measurements_within_a_compartment(checks):
+    tokens, _, _ = cohort(8)
+    names = list(BIOMARKERS)
+    shuffled = checks.shuffle_patches(tokens, np.random.default_rng(0))
+    assert shuffled.drop(columns=names).equals(tokens.drop(columns=names))
+    for rows in tokens.groupby("compartment").indices.values():
+        before, after = (set(map(tuple, t[names].to_numpy()[rows])) for t in (tokens, shuffled))
+        assert before == after
+
+
+def test_explanation_is_the_score_and_its_deletions(checks):
+    tokens, labels, splits = cohort()
+    table = checks.explain_diagnosis(tokens, labels, splits, SMALL, seed=2)
+    assert table.index.equals(tokens.index)
+    knees = table.groupby("knee_id")
+    assert knees["attention"].sum().to_numpy() == pytest.approx(1, abs=1e-5)
+    score = knees["score"].first()
+    expected = cross_validate(tokens, labels, splits, seed=2)["score"]
+    assert score.to_numpy() == pytest.approx(expected.to_numpy(), abs=1e-5)  # float32, other batch
+    medial = table["compartment"].str.endswith("medial")
+    size = table["contribution"].abs().groupby(medial).mean()
+    assert size[True] > size[False]  # OA changes the medial compartments
+    for name in checks.DELETED:
+        removed = knees[name].first()
+        assert removed.between(0, 1).all() and (removed != score).mean() > 0.8  # few are saturated

@@ -1,4 +1,4 @@
-"""Patches: geometry in closed form, the direction of transforms, the region of interest, centres, and tables."""
+"""Patches: geometry in closed form, direction of transforms, region of interest, and tables."""
 
 import numpy as np
 import pandas as pd
@@ -6,10 +6,15 @@ import pytest
 import SimpleITK as sitk
 
 from ctsma import patches
-from ctsma.cohort import BIOMARKERS, BONES, COMPARTMENTS, InputFault
+from ctsma.common import BONES, COMPARTMENTS, InputError
 
 
-def ramp(coefficients=(1.0, 10.0, 100.0), size=(80, 80, 60), spacing=(0.5, 0.5, 0.6), origin=(-20.0, -20.0, -18.0)):
+def ramp(
+    coefficients=(1.0, 10.0, 100.0),
+    size=(80, 80, 60),
+    spacing=(0.5, 0.5, 0.6),
+    origin=(-20.0, -20.0, -18.0),
+):
     """Image whose value at a point is the scalar product of coefficients and point (LPS mm)."""
     image = sitk.Image(size, sitk.sitkFloat32)
     image.SetSpacing(spacing)
@@ -23,18 +28,25 @@ def ramp(coefficients=(1.0, 10.0, 100.0), size=(80, 80, 60), spacing=(0.5, 0.5, 
 @pytest.mark.parametrize("side", ["L", "R"])
 def test_a_linear_image_is_sampled_at_the_right_points(side):
     centre, coefficients = (1.3, -2.1, 0.7), np.array([1.0, 10.0, 100.0])
-    for shape, spacing in ((patches.MR_SHAPE, patches.MR_SPACING_MM), (patches.CT_SHAPE, patches.CT_SPACING_MM)):
+    for shape, spacing in (
+        (patches.MR_SHAPE, patches.MR_SPACING_MM),
+        (patches.CT_SHAPE, patches.CT_SPACING_MM),
+    ):
         points = patches.grid_points(patches.patch_grid(centre, side, shape, spacing))
         np.testing.assert_allclose(points.reshape(-1, 3).mean(axis=0), centre, atol=1e-9)
-        sampled = patches.cut(ramp(), centre, side, shape, spacing)
+        sampled = patches.sample_patch(ramp(), centre, side, shape, spacing)
         # cubic B-splines reproduce a linear image; float32 values up to 2000 leave 1e-3
         np.testing.assert_allclose(sampled, points @ coefficients, atol=5e-3)
 
 
 def test_slices_run_to_medial_rows_down_and_columns_back():
     for side, medial in (("R", 1), ("L", -1)):
-        points = patches.grid_points(patches.patch_grid((0, 0, 0), side, patches.MR_SHAPE, patches.MR_SPACING_MM))
-        np.testing.assert_allclose(points[1, 0, 0] - points[0, 0, 0], [medial * 0.75, 0, 0], atol=1e-12)
+        points = patches.grid_points(
+            patches.patch_grid((0, 0, 0), side, patches.MR_SHAPE, patches.MR_SPACING_MM)
+        )
+        np.testing.assert_allclose(
+            points[1, 0, 0] - points[0, 0, 0], [medial * 0.75, 0, 0], atol=1e-12
+        )
         np.testing.assert_allclose(points[0, 1, 0] - points[0, 0, 0], [0, 0, -0.21875], atol=1e-12)
         np.testing.assert_allclose(points[0, 0, 1] - points[0, 0, 0], [0, 0.21875, 0], atol=1e-12)
 
@@ -48,16 +60,22 @@ def test_ct_and_mr_patches_cover_the_same_volume():
 def test_the_transform_maps_ct_points_to_mr_points():
     shift = sitk.Euler3DTransform()
     shift.SetTranslation((2.0, -3.0, 1.5))
-    plain = patches.cut(ramp(), (0, 0, 0), "R", patches.MR_SHAPE, patches.MR_SPACING_MM)
-    moved = patches.cut(ramp(), (0, 0, 0), "R", patches.MR_SHAPE, patches.MR_SPACING_MM, shift)
+    plain = patches.sample_patch(ramp(), (0, 0, 0), "R", patches.MR_SHAPE, patches.MR_SPACING_MM)
+    moved = patches.sample_patch(
+        ramp(), (0, 0, 0), "R", patches.MR_SHAPE, patches.MR_SPACING_MM, shift
+    )
     np.testing.assert_allclose(moved - plain, 2.0 - 30.0 + 150.0, atol=5e-3)
 
 
 def test_outside_the_image_is_nan_not_zero():
-    sampled = patches.cut(ramp(), (19.0, 0, 0), "R", patches.MR_SHAPE, patches.MR_SPACING_MM)
+    sampled = patches.sample_patch(
+        ramp(), (19.0, 0, 0), "R", patches.MR_SHAPE, patches.MR_SPACING_MM
+    )
     assert np.isnan(sampled).any()
     assert np.isfinite(sampled).any()
-    assert np.isnan(patches.cut(ramp(), (500.0, 0, 0), "R", patches.MR_SHAPE, patches.MR_SPACING_MM)).all()
+    assert np.isnan(
+        patches.sample_patch(ramp(), (500.0, 0, 0), "R", patches.MR_SHAPE, patches.MR_SPACING_MM)
+    ).all()
 
 
 def knee_masks(spacing=(1.0, 1.0, 1.0), gap_mm=5.0):
@@ -68,7 +86,9 @@ def knee_masks(spacing=(1.0, 1.0, 1.0), gap_mm=5.0):
     x, y, z = np.moveaxis(patches.grid_points(image), -1, 0)
     inside = (abs(x) < 35) & (abs(y) < 25) & (abs(z) < 30)
     labels = np.where(
-        inside & (z > gap_mm / 2), BONES["femur"], np.where(inside & (z < -gap_mm / 2), BONES["tibia"], 0)
+        inside & (z > gap_mm / 2),
+        BONES["femur"],
+        np.where(inside & (z < -gap_mm / 2), BONES["tibia"], 0),
     )
     masks = sitk.GetImageFromArray(labels.astype(np.uint8))
     masks.CopyInformation(image)
@@ -77,104 +97,106 @@ def knee_masks(spacing=(1.0, 1.0, 1.0), gap_mm=5.0):
 
 @pytest.mark.parametrize("side", ["L", "R"])
 def test_centres_lie_in_their_compartment_below_the_surface(side):
-    found = patches.centres(knee_masks(), side, 5, np.random.default_rng(0))
+    found = patches.patch_centres(knee_masks(), side, 5, np.random.default_rng(0))
     assert set(found["compartment"]) == set(COMPARTMENTS)
     assert (found.groupby("compartment").size() == 5).all()
     medial = found["compartment"].str.endswith("medial")
     sign = 1 if side == "R" else -1
     assert (np.sign(found["x"]) == np.where(medial, sign, -sign)).all()
     femur = found["compartment"].str.startswith("femur")
-    assert found.loc[femur, "z"].tolist() == pytest.approx([3 + 5.25] * 10)  # first femur voxel at z = 3
+    assert found.loc[femur, "z"].tolist() == pytest.approx(
+        [3 + 5.25] * 10
+    )  # first femur voxel at z = 3
     assert found.loc[~femur, "z"].tolist() == pytest.approx([-3 - 5.25] * 10)
     assert (found["x"].abs() > patches.MIDLINE_MM).all()
     assert (found["x"].abs() < 35 - patches.RIM_MM + 1).all()
     for _, rows in found.groupby("compartment"):
-        distance = np.hypot(*(rows[["x", "y"]].to_numpy()[:, None] - rows[["x", "y"]].to_numpy()[None]).T)
+        distance = np.hypot(
+            *(rows[["x", "y"]].to_numpy()[:, None] - rows[["x", "y"]].to_numpy()[None]).T
+        )
         assert distance[~np.eye(5, dtype=bool)].min() >= patches.APART_MM
 
 
 def test_centres_do_not_depend_on_the_storage_order_of_the_image():
     masks = knee_masks()
     turned = sitk.DICOMOrient(masks, "PIR")
-    first, second = (patches.centres(m, "R", 3, np.random.default_rng(4)) for m in (masks, turned))
+    first, second = (
+        patches.patch_centres(m, "R", 3, np.random.default_rng(4)) for m in (masks, turned)
+    )
     pd.testing.assert_frame_equal(first, second)
 
 
 def test_bones_that_do_not_face_each_other_are_refused():
-    with pytest.raises(InputFault, match="no femur facing a tibia"):
-        patches.centres(knee_masks(gap_mm=20.0), "R", 3, np.random.default_rng(0))
+    with pytest.raises(InputError, match="no femur facing a tibia"):
+        patches.patch_centres(knee_masks(gap_mm=20.0), "R", 3, np.random.default_rng(0))
 
 
-def test_trabecular_region_starts_below_the_plate():
+def test_trabecular_mask_starts_below_the_plate():
     masks = knee_masks()
-    region = patches.trabecular_region(masks, "tibia", (15.0, 0.0, -2.5 - 5.25), "R")
+    region = patches.trabecular_mask(masks, "tibia", (15.0, 0.0, -2.5 - 5.25), "R")
     points = patches.grid_points(
         patches.patch_grid((15.0, 0.0, -2.5 - 5.25), "R", patches.MR_SHAPE, patches.MR_SPACING_MM)
     )
     top = points[..., 2][region].max()
-    assert top == pytest.approx(-2.5 - patches.PLATE_MM, abs=0.5 + 0.22)  # half a mask voxel and one patch row
-    assert not patches.trabecular_region(masks, "femur", (15.0, 0.0, -7.75), "R").any()
+    assert top == pytest.approx(
+        -2.5 - patches.PLATE_MM, abs=0.5 + 0.22
+    )  # half a mask voxel and one patch row
+    assert not patches.trabecular_mask(masks, "femur", (15.0, 0.0, -7.75), "R").any()
 
 
-def test_tables_are_read_back_without_flagged_patches(tmp_path):
-    table = pd.DataFrame({"knee_id": ["K1", "K1"], "subject_id": "S1", "patch_id": [0, 1], "flag": ["", "bad"]})
-    table.to_csv(tmp_path / "K1_table.csv", index=False)
-    arrays = {"mr": np.arange(2.0), "ct": np.arange(2.0), "voi": np.ones(2, bool)}
-    np.savez(tmp_path / "K1.npz", **arrays)
-    assert list(patches.load_table(tmp_path)["patch_id"]) == [0]
-    assert len(patches.load_table(tmp_path, usable=False)) == 2
-    assert list(patches.load_patches(tmp_path, usable=False).mr) == [0.0, 1.0]
-    with pytest.raises(InputFault, match="holds no patches"):
+def write_patches(folder, knee_id, flags):
+    """Files of one knee as `cut_and_measure` writes them; patch k holds the value k."""
+    folder.mkdir(exist_ok=True)
+    n = len(flags)
+    table = pd.DataFrame({"knee_id": knee_id, "subject_id": "S1", "patch_id": range(n)})
+    table.assign(flag=flags).to_csv(folder / f"{knee_id}_table.csv", index=False)
+    np.savez(folder / f"{knee_id}.npz", mr=np.arange(n), ct=np.arange(n), voi=np.ones(n, bool))
+
+
+def test_tables_are_collected_and_read_back_without_flagged_patches(tmp_path):
+    for knee_id in ("K2", "K1", "K0"):
+        write_patches(tmp_path, knee_id, ["", "bad"] if knee_id == "K1" else ["", ""])
+    table = patches.collect_tables(tmp_path, ["K2", "K1"])  # K0 is of an earlier manifest
+    assert table["knee_id"].tolist() == ["K1", "K1", "K2", "K2"]
+    table.to_csv(tmp_path / "patches.csv", index=False)
+    assert patches.load_table(tmp_path)["patch_id"].tolist() == [0, 0, 1]
+    assert len(patches.load_table(tmp_path, usable=False)) == 4
+    assert patches.load_patches(tmp_path).mr.tolist() == [0, 0, 1]
+    with pytest.raises(InputError, match="does not exist"):
         patches.load_table(tmp_path / "none")
 
 
-def test_rescans_come_in_the_order_of_the_table(tmp_path):
-    for number, knee_id in enumerate(("k1", "k2")):
-        stack = np.arange(3)[:, None, None, None] + np.full((3, 2, 2, 2), 10 * number)
-        np.savez(tmp_path / f"{knee_id}.npz", rescan_mr=stack)
-    np.savez(tmp_path / "k3.npz", mr=np.zeros((1, 2, 2, 2)))
-    table = pd.DataFrame({"knee_id": ["k2", "k1", "k2"], "patch_id": [0, 2, 1]})
-    assert patches.load_rescans(tmp_path, table)[:, 0, 0, 0].tolist() == [10, 2, 11]
-    with pytest.raises(KeyError):
-        patches.load_rescans(tmp_path, pd.DataFrame({"knee_id": ["k3"], "patch_id": [0]}))
-
-
-def test_tokens_join_place_and_values_of_every_arm():
-    reference = pd.DataFrame(
-        {"knee_id": ["K1", "K2"], "subject_id": ["S1", "S2"], "patch_id": 0, "compartment": "tibia_medial"}
-    )
-    reference = reference.assign(u=1.0, v=2.0, w=3.0, **dict.fromkeys(BIOMARKERS, 0.5))
-    predictions = reference[["knee_id", "subject_id", "patch_id"]].assign(
-        arm="ct_only", **dict.fromkeys(BIOMARKERS, 0.1)
-    )
-    tokens = patches.tokens_by_arm(predictions, reference, ["K2"])
-    assert list(tokens) == ["ct_only", "mr_reference"]
-    assert tokens["ct_only"].loc[0, ["knee_id", "u", "bv_tv"]].tolist() == ["K2", 1.0, 0.1]
-    assert tokens["mr_reference"]["bv_tv"].tolist() == [0.5]
+def test_patches_of_knees_with_ct_alone_may_be_none(tmp_path):
+    patches.collect_tables(tmp_path, []).to_csv(tmp_path / "ct_only.csv", index=False)
+    nothing = patches.load_ct_only_patches(tmp_path)
+    assert nothing.table.empty and nothing.ct.shape == (0, *patches.CT_SHAPE)
+    write_patches(tmp_path / "ct_only", "K1", ["bad", ""])
+    table = patches.collect_tables(tmp_path / "ct_only", ["K1"])
+    table.to_csv(tmp_path / "ct_only.csv", index=False)
+    assert patches.load_ct_only_patches(tmp_path).ct.tolist() == [1]
 
 
 def test_a_patch_of_noise_among_good_ones_is_flagged_and_not_measured():
     rng = np.random.default_rng(0)
     bone = rng.random((4, *patches.MR_SHAPE)) < 0.3
-    signal = np.where(bone, 0.0, 500.0) * np.array([1.0, 0.8, 1.2, 0.0])[:, None, None, None]  # the last has no marrow
-    mr = np.hypot(signal + 30 * rng.standard_normal(bone.shape), 30 * rng.standard_normal(bone.shape))
-    found = patches.measured(mr, np.ones(bone.shape, bool), "plate", "")
+    signal = (
+        np.where(bone, 0.0, 500.0) * np.array([1.0, 0.8, 1.2, 0.0])[:, None, None, None]
+    )  # the last has no marrow
+    mr = np.hypot(
+        signal + 30 * rng.standard_normal(bone.shape), 30 * rng.standard_normal(bone.shape)
+    )
+    found = patches.measure_reference(mr, np.ones(bone.shape, bool), "plate", "")
     assert list(found["flag"]) == ["", "", "", patches.NO_MARROW]
     assert np.isnan(found["bv_tv"][3]) and np.isfinite(found["bv_tv"][:3]).all()
 
 
-def test_knees_of_an_earlier_manifest_are_not_read_again(tmp_path):
-    for knee_id in ("k0", "k1"):
-        table = pd.DataFrame({"knee_id": [knee_id], "subject_id": ["s"], "patch_id": [0], "flag": [""]})
-        table.to_csv(tmp_path / f"{knee_id}_table.csv", index=False)
-    patches.keep_only(tmp_path, ["k1", "k2"])
-    assert list(patches.load_table(tmp_path)["knee_id"]) == ["k1"]
-
-
 def shafts(tibia_hu=1200, femur_hu=900, spacing=(1.0, 1.0, 1.0)):
-    """Femur above tibia, both 30 mm long: a shell of cortex around marrow, denser at the far ends."""
+    """Femur above tibia, both 30 mm long: cortex around marrow, denser at the far ends."""
     hu, labels = np.full((70, 24, 24), -100, np.float32), np.zeros((70, 24, 24), np.uint8)
-    for value, rows, cortex in ((BONES["tibia"], slice(2, 32), tibia_hu), (BONES["femur"], slice(38, 68), femur_hu)):
+    for value, rows, cortex in (
+        (BONES["tibia"], slice(2, 32), tibia_hu),
+        (BONES["femur"], slice(38, 68), femur_hu),
+    ):
         labels[rows, 4:20, 4:20] = value
         hu[rows, 4:20, 4:20], hu[rows, 6:18, 6:18] = 500, 0
         hu[slice(2, 12) if value == BONES["tibia"] else slice(58, 68), 4, 4:20] = cortex
@@ -184,21 +206,26 @@ def shafts(tibia_hu=1200, femur_hu=900, spacing=(1.0, 1.0, 1.0)):
     return images
 
 
-def test_the_ruler_is_the_densest_bone_far_from_the_joint():
+def test_cortical_hu_is_that_of_the_densest_bone_far_from_the_joint():
     ct, masks = shafts()
     assert patches.shaft_slices(masks, "tibia") == slice(2, 12)
     assert patches.shaft_slices(masks, "femur") == slice(58, 68)
-    # a sixteenth of the bone's voxels there hold the dense value, more than the half per cent that is read
-    assert patches.cortex_hu(ct, masks) == {"cortex_femur_hu": 900.0, "cortex_tibia_hu": 1200.0}
+    # a sixteenth of the bone's voxels hold the dense value, more than half a per cent
+    assert patches.cortical_hu(ct, masks) == {
+        "cortical_hu_femur": 900.0,
+        "cortical_hu_tibia": 1200.0,
+    }
     thick = [sitk.DICOMOrient(image, "LPI") for image in (ct, masks)]
-    assert patches.cortex_hu(*thick) == patches.cortex_hu(ct, masks)  # however the file is ordered
-    table = pd.DataFrame([patches.cortex_hu(ct, masks)] * 2)
-    np.testing.assert_array_equal(patches.ruler_hu(table), [1050.0, 1050.0])
-    with pytest.raises(InputFault, match="hold no femur"):
-        patches.cortex_hu(ct, masks * (masks == BONES["tibia"]))
+    assert patches.cortical_hu(*thick) == patches.cortical_hu(
+        ct, masks
+    )  # however the file is ordered
+    table = pd.DataFrame([patches.cortical_hu(ct, masks)] * 2)
+    np.testing.assert_array_equal(patches.mean_cortical_hu(table), [1050.0, 1050.0])
+    with pytest.raises(InputError, match="hold no femur"):
+        patches.cortical_hu(ct, masks * (masks == BONES["tibia"]))
 
 
-def test_the_ruler_scales_with_the_scanner():
+def test_cortical_hu_scales_with_the_scanner():
     ct, masks = shafts()
-    a, b = patches.cortex_hu(ct, masks), patches.cortex_hu(ct * 1.2, masks)
-    assert all(b[name] == pytest.approx(1.2 * a[name], rel=1e-6) for name in a)
+    before, after = patches.cortical_hu(ct, masks), patches.cortical_hu(ct * 1.2, masks)
+    assert after == pytest.approx({name: 1.2 * hu for name, hu in before.items()}, rel=1e-6)

@@ -1,16 +1,17 @@
-"""Local thickness after Hildebrand and Rueegsegger (J Microsc 1997;185:67), written from the definition."""
+"""Local thickness after Hildebrand and Rueegsegger (J Microsc 1997;185:67), from its definition."""
 
 import numpy as np
 from numba import njit
 
-from ctsma.cohort import InputFault
+from ctsma.common import InputError
 
-FAR = 2**30  # squared distance, voxel^2: no surface seen; its sum with any squared step still fits in int32
+# Squared distance where no surface is in reach, voxel^2. Its sum with any squared step fits int32.
+FAR = 2**30
 
 
 @njit(cache=True)
 def _lower_envelope(lines):
-    """In place, for each row: value[i] <- min over j of value[j] + (i - j)^2, searched outwards from i."""
+    """In place, for each row: value[i] <- min over j of value[j] + (i - j)^2, searched from i."""
     n = lines.shape[1]
     row = np.empty(n, lines.dtype)
     for k in range(lines.shape[0]):
@@ -27,7 +28,7 @@ def _lower_envelope(lines):
 
 
 def squared_distance(surface: np.ndarray, axes: tuple[int, ...] = (2, 1, 0)) -> np.ndarray:
-    """Exact squared distance (int32, voxel^2) to the nearest True voxel centre, along `axes`; FAR if none."""
+    """Exact squared distance (int32, voxel^2) along `axes` to the next True voxel; FAR if none."""
     distance = np.where(surface, np.int32(0), np.int32(FAR))
     for axis in axes:
         lines = np.ascontiguousarray(np.moveaxis(distance, axis, -1))
@@ -37,9 +38,10 @@ def squared_distance(surface: np.ndarray, axes: tuple[int, ...] = (2, 1, 0)) -> 
 
 
 def _covering_radius2(largest: int) -> np.ndarray:
-    """(4, > largest): squared radius from which on a ball 0, 1, sqrt 2 or sqrt 3 voxels off holds a ball's voxels.
+    """Squared radius from which a ball 0, 1, sqrt 2 or sqrt 3 voxels away contains a given ball.
 
-    Counted on the lattice: the voxel p farthest from (1, 0, 0) is |p|^2 + 2 |x| + 1 away; the other steps alike.
+    Returns (4, > largest), by the squared radius of the contained ball. Counted on the lattice:
+    the voxel p farthest from (1, 0, 0) is |p|^2 + 2 |x| + 1 away; the other steps alike.
     """
     y, x = np.indices((int(np.sqrt(largest)) + 1,) * 2)
     cover = np.zeros((4, 3 * x.max() ** 2 + 1), np.int64)
@@ -53,7 +55,7 @@ def _covering_radius2(largest: int) -> np.ndarray:
 
 @njit(cache=True)
 def _ridge(radius2, cover):
-    """Flat indices of the balls that no neighbour's ball holds: painting these alone changes nothing."""
+    """Flat indices of the balls that no neighbour's ball contains: only these need painting."""
     nz, ny, nx = radius2.shape
     found = [0 for _ in range(0)]
     for z, y, x in np.ndindex(radius2.shape):
@@ -70,7 +72,10 @@ def _ridge(radius2, cover):
 
 @njit(cache=True)
 def _paint(radius2, centres):
-    """Squared radius of the largest ball over each voxel: first write wins; `following` skips painted voxels."""
+    """Squared radius of the largest ball over each voxel, from centres in order of falling radius.
+
+    The first write counts. `following[z, y, x]` is the next unpainted voxel of the row from x on.
+    """
     nz, ny, nx = radius2.shape
     painted = np.zeros_like(radius2)
     following = np.full((nz, ny, nx + 1), nx, np.int32)
@@ -102,89 +107,98 @@ def _paint(radius2, centres):
 
 
 def _clean_surface(thickness: np.ndarray, surface: np.ndarray) -> np.ndarray:
-    """Give each surface voxel the mean of its face neighbours within the phase and off the surface, if any."""
+    """Give each surface voxel the mean of its face neighbours inside the phase, if any."""
     inner = np.pad(np.where(surface, 0, thickness), 1)
     total, count = np.zeros_like(inner), np.zeros(inner.shape, np.float32)
     for axis in range(3):
         for step in (-1, 1):
-            neighbour = np.roll(inner, step, axis)  # the padding is what wraps round
-            total, count = total + neighbour, count + (neighbour > 0)
+            neighbour = np.roll(inner, step, axis)  # only the padding wraps round
+            total += neighbour
+            count += neighbour > 0
     mean = (total / np.maximum(count, 1))[1:-1, 1:-1, 1:-1]
     return np.where(surface & (mean > 0), mean, thickness)
 
 
 def largest_balls(phase: np.ndarray, opposite: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Squared radius of each voxel's own ball and of the largest that covers it; neither phase may be empty."""
+    """Squared radius of each voxel's own ball, and of the largest ball that covers the voxel.
+
+    Both in voxel^2, 0 outside the phase; neither phase may be empty.
+    """
     radius2 = np.where(phase, squared_distance(opposite), 0)
     centres = _ridge(radius2, _covering_radius2(int(radius2.max())))
     order = np.argsort(-radius2.ravel()[centres], kind="stable")
     return radius2, _paint(radius2, centres[order])
 
 
-def diameters(radius2: np.ndarray, painted: np.ndarray, clean_up: bool = True) -> np.ndarray:
-    """Local thickness (float32, voxels) from what `largest_balls` gives."""
-    thickness = 2 * np.sqrt(painted, dtype=np.float32)
+def diameters(radius2: np.ndarray, covering: np.ndarray, clean_up: bool = True) -> np.ndarray:
+    """Local thickness (float32, voxels) from the result of `largest_balls`."""
+    thickness = 2 * np.sqrt(covering, dtype=np.float32)
     return _clean_surface(thickness, radius2 == 1) if clean_up else thickness
 
 
 def mean_thickness(phase: np.ndarray, opposite: np.ndarray) -> float:
-    """Mean local thickness of a phase bounded by `opposite`, in voxels; NaN where either is empty."""
+    """Mean local thickness of a phase bounded by `opposite`, voxels; NaN where one is empty."""
     if not phase.any() or not opposite.any():
         return np.nan
     return float(diameters(*largest_balls(phase, opposite))[phase].mean(dtype=float))
 
 
-def local_thickness(
-    mask: np.ndarray, spacing_mm: float | tuple, voi: np.ndarray | None = None, clean_up: bool = True
-) -> np.ndarray:
-    """Local thickness: at each voxel of the phase the diameter of the largest ball that fits and covers it.
+def local_thickness(mask, spacing_mm, voi=None, clean_up=True) -> np.ndarray:
+    """Diameter, at each voxel of a phase, of the largest ball that fits into it and covers it.
 
-    thickness(x) = 2 max{ r(c) : |x - c| <= r(c) } over centres c in the phase, r(c) the distance to the nearest
-    voxel centre of the opposite phase. Exact: equal to this definition on every voxel (`clean_up=False`).
+    thickness(x) = 2 max{ r(c) : |x - c| <= r(c) } over centres c in the phase, with r(c) the
+    distance to the next voxel centre of the opposite phase. With `clean_up=False` the result equals
+    this definition on every voxel.
 
     Parameters
     ----------
-    mask : (z, y, x) bool or two-valued; the phase to measure. Pass ``~mask`` for spacing.
-    spacing_mm : isotropic voxel size, float or (z, y, x). Anisotropic voxels are refused, not resampled:
-        resampling a binary mask would decide its surface, which is the caller's decision.
-    voi : (z, y, x) bool, volume of interest. Edge rule: what lies outside it (or outside the array) is unknown,
-        neither phase; its border is no surface and holds no centre. A box `voi` thus equals cropping.
-    clean_up : surface voxels take the mean of their inner face neighbours, as BoneJ's last step does; the mean
-        then lies within 0.5 % of BoneJ's (without it 2.5 % below) on a human specimen of 7 voxels per strut.
+    mask : (z, y, x) bool or two-valued; the phase to measure. Give ``~mask`` for spacing.
+    spacing_mm : isotropic voxel size, float or (z, y, x). Anisotropic voxels are refused:
+        resampling a binary mask would decide its surface, and that is the caller's decision.
+    voi : (z, y, x) bool, volume of interest. Edge rule: what lies outside it (or outside the
+        array) is unknown and belongs to neither phase; its border is no surface and holds no
+        centre. A box `voi` therefore equals cropping.
+    clean_up : surface voxels take the mean of their inner face neighbours, as in BoneJ's last
+        step. The mean then lies within 0.5 % of BoneJ's (without it 2.5 % below) on a human
+        specimen of 7 voxels per strut.
 
     Returns
     -------
     (z, y, x) float32, mm; 0 outside the phase.
 
-    Bias that stays, from voxels, at any thickness: about +0.5 voxel on plates (0.3 to 0.9 off the grid), 0 on rods
-    (within 0.25), about -0.8 on spheres (0 to -1).
+    Remaining bias, from voxels, at any thickness: about +0.5 voxel on plates (0.3 to 0.9 oblique
+    to the grid), 0 on rods (within 0.25), about -0.8 on spheres (0 to -1).
 
     Raises
     ------
-    InputFault : not 3D, one slice, NaN or grey values, anisotropic voxels, `voi` of another shape.
+    InputError : not 3D, one slice, NaN or grey values, anisotropic voxels, `voi` of another shape.
 
-    Source: Hildebrand and Rueegsegger, J Microsc 1997;185:67; balls held by a
-    neighbour's ball are left out and painted voxels skipped, which changes the time and not the result.
+    Source: Hildebrand and Rueegsegger, J Microsc 1997;185:67. Balls contained in a neighbour's
+    ball are left out and painted voxels are skipped, which changes the time and not the result.
     """
-    mask, voi, spacing = checked_mask(mask, spacing_mm, voi)
-    if not (mask & voi).any() or not (~mask & voi).any():
-        raise InputFault("mask", "one phase only in the volume of interest", "give bone and marrow")
-    return diameters(*largest_balls(mask & voi, ~mask & voi), clean_up) * np.float32(spacing)
+    mask, voi, spacing = check_mask(mask, spacing_mm, voi)
+    phase, opposite = mask & voi, ~mask & voi
+    if not phase.any() or not opposite.any():
+        problem = "has one phase only in the volume of interest"
+        raise InputError("mask", problem, "give a mask of bone and marrow")
+    return diameters(*largest_balls(phase, opposite), clean_up) * np.float32(spacing)
 
 
-def checked_mask(
-    mask: np.ndarray, spacing_mm: float | tuple, voi: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """(mask, voi, voxel size in mm) as bool arrays of one shape and a float, or an InputFault."""
+def check_mask(mask, spacing_mm, voi) -> tuple[np.ndarray, np.ndarray, float]:
+    """(mask, voi, voxel size in mm): bool arrays of one shape and a float, or an InputError."""
     mask = np.asarray(mask)
     if mask.ndim != 3 or min(mask.shape) < 2:
-        raise InputFault("mask", f"shape {mask.shape}", "give a 3D volume of at least two slices")
+        remedy = "give a 3D volume of at least two slices"
+        raise InputError("mask", f"has the shape {mask.shape}", remedy)
     if mask.dtype != bool and not ((mask == 0) | (mask == mask.max())).all():
-        raise InputFault("mask", "more than two values, or NaN", "threshold it first")
+        raise InputError("mask", "has more than two values, or NaN", "threshold it first")
     spacing = np.asarray(spacing_mm, float)
-    if spacing.shape not in ((), (3,)) or not (spacing.min() > 0 and np.ptp(spacing) <= 0.01 * spacing.min()):
-        raise InputFault("spacing_mm", f"{spacing.tolist()}", "give isotropic voxels (within 1 %), in mm")
+    isotropic = spacing.min() > 0 and np.ptp(spacing) <= 0.01 * spacing.min()
+    if spacing.shape not in ((), (3,)) or not isotropic:
+        remedy = "give isotropic voxels (within 1 %), in mm"
+        raise InputError("spacing_mm", f"is {spacing.tolist()}", remedy)
     voi = np.ones(mask.shape, bool) if voi is None else np.asarray(voi) != 0
     if voi.shape != mask.shape:
-        raise InputFault("voi", f"shape {voi.shape} beside mask {mask.shape}", "give one shape")
+        problem = f"has the shape {voi.shape} beside a mask of {mask.shape}"
+        raise InputError("voi", problem, "give both in one shape")
     return mask != 0, voi, float(spacing.mean())

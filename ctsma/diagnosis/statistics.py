@@ -1,135 +1,132 @@
-"""ROC statistics a reviewer asks for: DeLong, bootstrap over subjects, calibration, net benefit, sample size.
+"""ROC curves, calibration and net benefit of a diagnostic score, with intervals.
 
-labels (n,) are 0 (no OA) or 1 (OA); scores (n,) are higher for OA. DeLong takes knees as independent: with both
-knees of a subject in the data use the bootstrap, which resamples subjects.
+labels (n,) are 0 (no OA) or 1 (OA); scores (n,) are higher for OA; subjects (n,) name the owners of
+the knees; rng is a numpy Generator. DeLong's method takes knees as
+independent. With both knees of a subject in the data use the bootstrap, which resamples subjects.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import statsmodels.api as sm
 from numpy import ndarray
-from numpy.random import Generator
 from scipy import optimize, special, stats
+from statsmodels.stats.proportion import proportion_confint
 
-from ..cohort import InputFault
+from ctsma.common import InputError
 
-Z95 = stats.norm.ppf(0.975)  # two-sided 95 % normal quantile, 1.96
+_Z95 = stats.norm.ppf(0.975)  # two-sided 95 % normal quantile, 1.96
 
 
 def checked_labels(labels: Sequence, *scores: Sequence) -> list[ndarray]:
-    """Labels (n,) as booleans and scores (n,) as floats; InputFault for labels not 0/1, NaN, lengths, one class."""
-    labels, scores = np.asarray(labels), [np.asarray(s, dtype=float) for s in scores]
+    """Labels (n,) as booleans and each of `scores` (n,) as floats.
+
+    Raises InputError for labels that are not 0 or 1, NaN, lengths that differ, fewer than 2 of a
+    class.
+    """
+    labels, scores = np.asarray(labels), [np.asarray(values, dtype=float) for values in scores]
     if not all(label in (0, 1) for label in labels.tolist()):
-        raise InputFault("labels", "are missing or not 0 or 1", "give 0 or 1 for each knee, leave unknown ones out")
+        raise InputError("labels", "are missing or not 0 or 1", "leave out knees without label")
     if any(s.shape != labels.shape or not np.isfinite(s).all() for s in scores):
-        raise InputFault("scores", "hold NaN or differ in length from labels", "give one number a knee")
-    counts = int(np.sum(labels == 1)), int(np.sum(labels == 0))
-    if min(counts) < 2:
-        raise InputFault("labels", f"hold {counts[0]} OA and {counts[1]} other knees", "give at least 2 of each")
+        raise InputError("scores", "hold NaN or differ in length", "give one number per knee")
+    n_oa, n_other = int(np.sum(labels == 1)), int(np.sum(labels == 0))
+    if min(n_oa, n_other) < 2:
+        problem = f"hold {n_oa} OA and {n_other} other knees"
+        raise InputError("labels", problem, "give at least 2 of each")
     return [labels.astype(bool), *scores]
 
 
 def auc_delong(labels: Sequence, scores: Sequence) -> dict[str, float | str]:
     """AUC with the 95 % interval of DeLong 1988, by midranks (Sun & Xu 2014), cut at 0 and 1.
 
-    Returns auc, se, ci_low, ci_high and flag. Where the variance is zero (AUC 0 or 1, constant scores) flag says
-    so and the interval is the score interval of Newcombe 2006 (method 5), which stays open.
+    Returns auc, se, ci_low, ci_high and flag. Where the variance is zero (AUC 0 or 1, constant
+    scores) flag says so, and the interval is the score interval of Newcombe 2006 (method 5), which
+    has a width.
     """
     above, below = _placements(*checked_labels(labels, scores))
-    auc, se = float(above.mean()), float(np.sqrt(_variance(above, below)))
+    auc, se, flag = float(above.mean()), _delong_se(above, below), ""
     if se < 1e-12:
         low, high = _newcombe_interval(auc, len(above), len(below))
         flag = f"AUC {auc:g} with zero DeLong variance: score interval given"
-        return {"auc": auc, "se": se, "ci_low": low, "ci_high": high, "flag": flag}
-    low, high = np.clip([auc - Z95 * se, auc + Z95 * se], 0, 1)
-    return {"auc": auc, "se": se, "ci_low": float(low), "ci_high": float(high), "flag": ""}
+    else:
+        low, high = np.clip([auc - _Z95 * se, auc + _Z95 * se], 0, 1)
+    return {"auc": auc, "se": se, "ci_low": float(low), "ci_high": float(high), "flag": flag}
+
+
+def compare_delong(labels: Sequence, scores_a: Sequence, scores_b: Sequence) -> dict[str, float]:
+    """Paired DeLong test of AUC a - AUC b on the same knees.
+
+    Returns z, p (two-sided), difference, se, ci_low, ci_high. Equal placements give z = 0, p = 1. A
+    difference without variance (one curve perfect, one constant) gives z = inf and p = NaN: the
+    test does not apply.
+    """
+    labels, a, b = checked_labels(labels, scores_a, scores_b)
+    above_a, below_a = _placements(labels, a)
+    above_b, below_b = _placements(labels, b)
+    above, below = above_a - above_b, below_a - below_b
+    difference, se = float(above.mean()), _delong_se(above, below)
+    if se > 1e-12:
+        z, p = difference / se, float(2 * stats.norm.sf(abs(difference / se)))
+    elif abs(difference) < 1e-12:
+        z, p = 0.0, 1.0
+    else:
+        z, p = float(np.copysign(np.inf, difference)), float("nan")
+    low, high = difference - _Z95 * se, difference + _Z95 * se
+    return {"z": z, "p": p, "difference": difference, "se": se, "ci_low": low, "ci_high": high}
 
 
 def _placements(labels: ndarray, scores: ndarray) -> tuple[ndarray, ndarray]:
-    """For each OA knee the share of others scored below it, for each other the share of OA above (ties half)."""
+    """For each OA knee the share of others scored below it, for each other the share of OA above.
+
+    Ties count half.
+    """
     cases, controls = scores[labels], scores[~labels]
     ranks = stats.rankdata(np.concatenate([cases, controls]))
     above = (ranks[: len(cases)] - stats.rankdata(cases)) / len(controls)
     return above, 1 - (ranks[len(cases) :] - stats.rankdata(controls)) / len(cases)
 
 
-def _variance(above: ndarray, below: ndarray) -> float:
-    return np.var(above, ddof=1) / len(above) + np.var(below, ddof=1) / len(below)
+def _delong_se(above: ndarray, below: ndarray) -> float:
+    variance = np.var(above, ddof=1) / len(above) + np.var(below, ddof=1) / len(below)
+    return float(np.sqrt(variance))
 
 
 def hanley_mcneil_se(auc: float, n_cases: float, n_controls: float) -> float:
     """Standard error of an AUC from its value alone, exponential model (Hanley & McNeil 1982)."""
     q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
-    spread = auc * (1 - auc) + (n_cases - 1) * (q1 - auc**2) + (n_controls - 1) * (q2 - auc**2)
-    return float(np.sqrt(max(spread, 0) / (n_cases * n_controls)))
+    total = auc * (1 - auc) + (n_cases - 1) * (q1 - auc**2) + (n_controls - 1) * (q2 - auc**2)
+    return float(np.sqrt(max(total, 0) / (n_cases * n_controls)))
 
 
 def _newcombe_interval(auc: float, n_cases: int, n_controls: int) -> tuple[float, float]:
     mean, product = (n_cases + n_controls) / 2, n_cases * n_controls
 
     def excess(theta: float, side: int) -> float:
-        return side * (auc - theta) - Z95 * hanley_mcneil_se(theta, mean, mean) * mean / np.sqrt(product)
+        half_width = _Z95 * hanley_mcneil_se(theta, mean, mean) * mean / np.sqrt(product)
+        return side * (auc - theta) - half_width
 
-    low = 0.0 if auc == 0 else optimize.brentq(excess, 1e-12, min(auc, 1 - 1e-12), args=(1,))
-    high = 1.0 if auc == 1 else optimize.brentq(excess, max(auc, 1e-12), 1 - 1e-12, args=(-1,))
-    return float(low), float(high)
-
-
-def compare_delong(labels: Sequence, scores_a: Sequence, scores_b: Sequence) -> dict[str, float]:
-    """Paired DeLong test of AUC a - AUC b on the same knees: z, p (two-sided), difference, se, ci_low, ci_high.
-
-    Equal placements give z = 0, p = 1. A difference without variance (one curve perfect, one constant) gives
-    z = inf and p = NaN: DeLong cannot judge it.
-    """
-    labels, a, b = checked_labels(labels, scores_a, scores_b)
-    above, below = (pa - pb for pa, pb in zip(_placements(labels, a), _placements(labels, b), strict=True))
-    difference, se = float(above.mean()), float(np.sqrt(_variance(above, below)))
-    z, p = (0.0, 1.0) if abs(difference) < 1e-12 else (float(np.copysign(np.inf, difference)), float("nan"))
-    if se > 1e-12:
-        z, p = difference / se, float(2 * stats.norm.sf(abs(difference / se)))
-    interval = {"ci_low": difference - Z95 * se, "ci_high": difference + Z95 * se}
-    return {"z": z, "p": p, "difference": difference, "se": se, **interval}
+    low, high = 0.0, 1.0
+    if auc > 0:
+        low = optimize.brentq(excess, 1e-12, min(auc, 1 - 1e-12), args=(1,))
+    if auc < 1:
+        high = optimize.brentq(excess, max(auc, 1e-12), 1 - 1e-12, args=(-1,))
+    return low, high
 
 
-def subgroup_auc(labels: Sequence, scores: Sequence, groups: Mapping[str, Sequence]) -> pd.DataFrame:
-    """AUC within groups of knees, given as masks (n,) by name: DataFrame(group, n_oa, n_other, auc, ci_low, ci_high).
-
-    The interval is DeLong's; a group with fewer than two knees of either class keeps NaN.
-    """
-    labels, scores = checked_labels(labels, scores)
-    rows = []
-    for group, mask in groups.items():
-        mask = np.asarray(mask, dtype=bool)
-        row = {"group": group, "n_oa": int(labels[mask].sum()), "n_other": int((~labels[mask]).sum())}
-        enough = min(row["n_oa"], row["n_other"]) >= 2
-        rows.append(row | (auc_delong(labels[mask], scores[mask]) if enough else {}))
-    return pd.DataFrame(rows).reindex(columns=["group", "n_oa", "n_other", "auc", "ci_low", "ci_high"])
-
-
-def mean_interval(values: Sequence[float]) -> dict[str, float]:
-    """mean, ci_low, ci_high of independent values (n,): 95 % interval of Student's t; infinite for a single value."""
-    values = np.asarray(values, dtype=float)
-    if not len(values) or not np.isfinite(values).all():
-        raise InputFault("values", "are empty or hold NaN", "give one number a unit")
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else np.inf
-    return {"mean": float(values.mean()), "ci_low": float(values.mean() - half), "ci_high": float(values.mean() + half)}
-
-
-def bootstrap_auc(
-    labels: Sequence, scores: Sequence, subjects: Sequence, rng: Generator, n_resamples: int = 2000
-) -> dict[str, float]:
-    """AUC with a 95 % percentile interval from resampling subjects (n,) with their knees, stratified by class."""
+def bootstrap_auc(labels, scores, subjects, rng, n_resamples=2000) -> dict[str, float]:
+    """AUC with a 95 % percentile interval from resampling subjects (n,), stratified by class."""
     fpr, tpr = _resampled_roc(*checked_labels(labels, scores), subjects, rng, n_resamples)
     values = np.trapezoid(tpr, fpr, axis=1)
     low, high = np.percentile(values[1:], [2.5, 97.5])
     return {"auc": float(values[0]), "ci_low": float(low), "ci_high": float(high)}
 
 
-def roc_band(
-    labels: Sequence, scores: Sequence, subjects: Sequence, rng: Generator, n_resamples: int = 1000
-) -> pd.DataFrame:
-    """ROC curve with its pointwise 95 % band (bootstrap as `bootstrap_auc`): DataFrame(fpr, tpr, low, high)."""
+def roc_band(labels, scores, subjects, rng, n_resamples=1000) -> pd.DataFrame:
+    """ROC curve with its pointwise 95 % band, bootstrap as `bootstrap_auc`.
+
+    Returns DataFrame(fpr, tpr, low, high) on a grid of 1 %.
+    """
     fpr, tpr = _resampled_roc(*checked_labels(labels, scores), subjects, rng, n_resamples)
     grid = np.linspace(0, 1, 101)
     curves = np.array([np.interp(grid, x, y) for x, y in zip(fpr, tpr, strict=True)])
@@ -137,120 +134,99 @@ def roc_band(
     return pd.DataFrame({"fpr": grid, "tpr": curves[0], "low": low, "high": high})
 
 
-def _resampled_roc(
-    labels: ndarray, scores: ndarray, subjects: Sequence, rng: Generator, n_resamples: int
-) -> tuple[ndarray, ndarray]:
-    """fpr and tpr at every step of the ROC curve, (1 + resamples, steps); the first row is the data as they are."""
-    order = np.argsort(-scores, kind="stable")
-    weights = _stratified_weights(labels, subjects, rng, n_resamples)[:, order]
-    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # ties are one oblique step
-    counts = [np.cumsum(weights * group[order], axis=1)[:, ends] for group in (~labels, labels)]
-    return tuple(np.pad(count / count[:, -1:], ((0, 0), (1, 0))) for count in counts)
+def _resampled_roc(labels, scores, subjects, rng, n_resamples) -> tuple[ndarray, ndarray]:
+    """fpr and tpr at every step of the ROC curve, (1 + resamples, 1 + steps).
 
-
-def _stratified_weights(labels: ndarray, subjects: Sequence, rng: Generator, n_resamples: int) -> ndarray:
-    """How often each knee is drawn, (1 + n_resamples, n)."""
+    The first row is of the data as they are. Subjects are resampled with their knees, those with
+    any OA knee and those without apart.
+    """
     codes, names = pd.factorize(np.asarray(subjects))
     has_oa = np.bincount(codes, weights=labels) > 0
     weights = np.ones((1 + n_resamples, len(names)))
     for stratum in (np.flatnonzero(has_oa), np.flatnonzero(~has_oa)):
         share = np.full(len(stratum), 1 / max(len(stratum), 1))
         weights[1:, stratum] = rng.multinomial(len(stratum), share, n_resamples)
-    return weights[:, codes]
+    order = np.argsort(-scores, kind="stable")
+    weights = weights[:, codes][:, order]
+    last_of_ties = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+    rates = []
+    for group in (~labels, labels):
+        count = np.cumsum(weights * group[order], axis=1)[:, last_of_ties]
+        rates.append(np.pad(count / count[:, -1:], ((0, 0), (1, 0))))
+    return rates[0], rates[1]
 
 
-def holm(p_values: Sequence[float]) -> ndarray:
-    """Holm 1979 adjusted p values in the order given: the running maximum of (k - rank) p, at most 1."""
-    p = np.asarray(p_values, dtype=float)
-    if not ((p >= 0) & (p <= 1)).all():
-        raise InputFault("p_values", "hold NaN or numbers outside 0 to 1", "leave out comparisons without p")
-    order = np.argsort(p, kind="stable")
-    adjusted = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
-    return adjusted[np.argsort(order, kind="stable")]
+def sensitivity_at_specificity(labels, scores, specificity=0.90) -> dict[str, float]:
+    """Sensitivity at the lowest threshold that keeps at least this specificity.
 
-
-def sensitivity_at_specificity(labels: Sequence, scores: Sequence, specificity: float = 0.90) -> dict[str, float]:
-    """Sensitivity at the lowest threshold (positive: score > threshold) that keeps at least this specificity.
-
-    Returns sensitivity, ci_low, ci_high (Wilson 95 %, threshold taken as given), threshold, specificity reached.
+    A score above the threshold is positive. Returns sensitivity, ci_low, ci_high (Wilson 95 %,
+    threshold taken as given), threshold and the specificity reached.
     """
     labels, scores = checked_labels(labels, scores)
     controls = np.sort(scores[~labels])
-    threshold = controls[max(int(np.ceil(round(specificity * len(controls), 9))), 1) - 1]
-    low, high = _wilson(np.sum(scores[labels] > threshold), labels.sum())
-    reached = {"threshold": float(threshold), "specificity": float(np.mean(controls <= threshold))}
-    return {"sensitivity": float(np.mean(scores[labels] > threshold)), "ci_low": low, "ci_high": high, **reached}
-
-
-def _wilson(successes: int, n: int) -> tuple[float, float]:
-    interval = stats.binomtest(int(successes), int(n)).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+    n_below = max(int(np.ceil(round(specificity * len(controls), 9))), 1)
+    threshold = controls[n_below - 1]
+    positive = scores[labels] > threshold
+    low, high = proportion_confint(positive.sum(), len(positive), method="wilson")
+    return {
+        "sensitivity": float(positive.mean()),
+        "ci_low": float(low),
+        "ci_high": float(high),
+        "threshold": float(threshold),
+        "specificity": float(np.mean(controls <= threshold)),
+    }
 
 
 def calibration(labels: Sequence, probabilities: Sequence) -> dict[str, float]:
-    """Brier score, calibration slope (ideal 1) and calibration in the large (ideal 0), with 95 % Wald intervals.
+    """Brier score, calibration slope (ideal 1) and calibration-in-the-large (ideal 0).
 
-    slope: logit P(OA) = a + slope logit(p); intercept: the same with slope fixed at 1 (Cox 1958; Van Calster
-    2019). p is kept within 1e-6 (our choice). NaN where the fit does not exist (perfect separation).
+    slope: logit P(OA) = a + slope logit(p); intercept: the same with the slope fixed at 1 (Cox
+    1958; Van Calster 2019), both with 95 % Wald intervals. p is kept within 1e-6 of 0 and 1 (design
+    choice). The slope is NaN where p separates the classes: then no estimate exists.
     """
     labels, p = checked_labels(labels, probabilities)
     if p.min() < 0 or p.max() > 1:
-        raise InputFault("probabilities", "lie outside 0 to 1", "give probabilities, not scores")
-    logit, ones = special.logit(np.clip(p, 1e-6, 1 - 1e-6)), np.ones((len(p), 1))
-    slope, slope_se = _logistic_fit(np.column_stack([ones, logit]), labels, np.zeros(len(p)))
-    intercept, intercept_se = _logistic_fit(ones, labels, logit)
-    result = {"brier": float(np.mean((p - labels) ** 2)), "slope": slope, "intercept": intercept}
-    for name, value, se in (("slope", slope, slope_se), ("intercept", intercept, intercept_se)):
-        result |= {f"{name}_ci_low": value - Z95 * se, f"{name}_ci_high": value + Z95 * se}
+        raise InputError("probabilities", "lie outside 0 to 1", "give probabilities, not scores")
+    logit = special.logit(np.clip(p, 1e-6, 1 - 1e-6))
+    ones = np.ones_like(logit)
+    fits = {"intercept": sm.GLM(labels, ones, sm.families.Binomial(), offset=logit)}
+    cases, controls = logit[labels], logit[~labels]
+    if cases.min() < controls.max() and controls.min() < cases.max():
+        fits["slope"] = sm.GLM(labels, np.column_stack([ones, logit]), sm.families.Binomial())
+    result = {"brier": float(np.mean((p - labels) ** 2))}
+    for name in ("slope", "intercept"):
+        value = low = high = float("nan")
+        if name in fits:
+            fit = fits[name].fit(tol=1e-12)
+            value, (low, high) = float(fit.params[-1]), fit.conf_int()[-1]
+        result |= {name: value, f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}
     return result
 
 
-def _logistic_fit(design: ndarray, labels: ndarray, offset: ndarray) -> tuple[float, float]:
-    """Last coefficient and standard error of an unpenalised logistic regression (Newton's method)."""
-    beta = np.zeros(design.shape[1])
-    for _ in range(50):
-        fitted = special.expit(design @ beta + offset)
-        information = design.T @ (design * (fitted * (1 - fitted))[:, None])
-        if np.linalg.cond(information) > 1e12:
-            return float("nan"), float("nan")
-        step = np.linalg.solve(information, design.T @ (labels - fitted))
-        beta = beta + step
-        if np.abs(step).max() < 1e-10:
-            return float(beta[-1]), float(np.sqrt(np.linalg.inv(information)[-1, -1]))
-    return float("nan"), float("nan")
-
-
 def calibration_curve(labels: Sequence, probabilities: Sequence, n_bins: int = 5) -> pd.DataFrame:
-    """Observed against predicted share of OA in equal-sized groups: DataFrame(predicted, observed, ci_*, n)."""
+    """Observed share of OA against mean prediction in groups of equal size, Wilson 95 % intervals.
+
+    Returns DataFrame(predicted, observed, ci_low, ci_high, n).
+    """
     labels, p = checked_labels(labels, probabilities)
     rows = []
     for group in np.array_split(np.argsort(p, kind="stable"), n_bins):
-        low, high = _wilson(labels[group].sum(), len(group))
-        row = {"predicted": p[group].mean(), "observed": labels[group].mean()}
-        rows.append({**row, "ci_low": low, "ci_high": high, "n": len(group)})
-    return pd.DataFrame(rows)
+        n = len(group)
+        low, high = proportion_confint(labels[group].sum(), n, method="wilson")
+        observed = labels[group].mean()
+        rows.append((p[group].mean(), observed, low, high, n))
+    return pd.DataFrame(rows, columns=["predicted", "observed", "ci_low", "ci_high", "n"])
 
 
-def net_benefit(labels: Sequence, probabilities: Sequence, thresholds: Sequence[float]) -> pd.DataFrame:
-    """Decision curve TP/n - FP/n * t/(1-t) at thresholds t (Vickers & Elkin 2006): model and treat_all (none: 0)."""
-    labels, p = checked_labels(labels, probabilities)
-    t, odds = np.asarray(thresholds)[:, None], np.asarray(thresholds) / (1 - np.asarray(thresholds))
-    model = ((p >= t) & labels).mean(axis=1) - ((p >= t) & ~labels).mean(axis=1) * odds
-    return pd.DataFrame({"threshold": t[:, 0], "model": model, "treat_all": labels.mean() - (~labels).mean() * odds})
+def net_benefit(labels, probabilities, thresholds) -> pd.DataFrame:
+    """Decision curve TP/n - FP/n * t/(1-t) at thresholds t (Vickers & Elkin 2006).
 
-
-def detectable_auc_difference(
-    n_cases: int, n_controls: int, auc: float, correlation: float = 0.5, power: float = 0.80, alpha: float = 0.05
-) -> float:
-    """Smallest loss of AUC from `auc` that a paired comparison of this size finds; NaN if not even chance is found.
-
-    Normal approximation with Hanley & McNeil 1982 standard errors, correlated as in Hanley & McNeil 1983;
-    correlation 0.5, power 80 % and two-sided alpha 5 % are our choice.
+    Returns DataFrame(threshold, model, treat_all); treating none has net benefit 0.
     """
-
-    def excess(loss: float) -> float:
-        a, b = (hanley_mcneil_se(value, n_cases, n_controls) for value in (auc, auc - loss))
-        return loss - z * np.sqrt(a**2 + b**2 - 2 * correlation * a * b)
-
-    z = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)
-    return float(optimize.brentq(excess, 0, auc - 0.5)) if excess(auc - 0.5) > 0 else float("nan")
+    labels, p = checked_labels(labels, probabilities)
+    t = np.asarray(thresholds)
+    odds = t / (1 - t)
+    positive = p >= t[:, None]
+    model = (positive & labels).mean(axis=1) - (positive & ~labels).mean(axis=1) * odds
+    treat_all = labels.mean() - (~labels).mean() * odds
+    return pd.DataFrame({"threshold": t, "model": model, "treat_all": treat_all})

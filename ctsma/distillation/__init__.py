@@ -1,10 +1,16 @@
-"""A CT network learns the biomarkers under an MR network; beside it the arms that show what distillation adds."""
+"""CT networks that learn under an MR network, and the arms that show what distillation adds."""
 
-from .alignment import alignment
-from .arms import cross_validate, over_seeds, predict_unpaired, prepare, recipes_of
-from .baseline import N_RULER, ct_features, hu_regression, ridge_features
-from .checkpoints import load_model
-from .examples import Settings, augment_ct
-from .losses import TERMS, Lesson, distillation_loss
-from .training import estimate, predict
-from .views import feature_maps, read_curves, read_records
+from ctsma.arms import ARMS, COMPARISONS, MAIN_ARM, TRAINED, Arm, read_arms
+
+from .checkpoints import load_model, read_curves, read_records
+from .cross_validation import (
+    cross_validate,
+    feature_maps,
+    mean_over_seeds,
+    predict_ct_only,
+    with_reference,
+)
+from .data import Fold, TrainingData, fit_normalisation, make_fold, patch_correlation, prepare
+from .losses import LOSS_TERMS, DistillationBatch, Outputs, distillation_loss
+from .settings import Settings
+from .training import TeacherCache, computes_in_bfloat16, predict, predict_with_sd, train

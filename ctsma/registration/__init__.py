@@ -1,4 +1,4 @@
-"""MR and CT show the same piece of bone: bone masks from the CT, rigid stages, quality without truth.
+"""Registration of MR and CT: bone masks from the CT, rigid stages, quality without ground truth.
 
 Transforms map CT points to MR points (LPS mm). A flagged registration passes no transform on.
 """
@@ -7,79 +7,91 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
 import SimpleITK as sitk
 
-from ctsma.cohort import BONES, InputFault, read_knee_volume, write_json, write_volume
+from ctsma.cohort import read_knee_volume, write_volume
+from ctsma.common import BONES, InputError
+from ctsma.files import atomic, write_json
 
 from .masks import bone_masks, isotropic
-from .quality import flexion_deg, mapped, reason_to_flag, target_registration_error_mm
-from .stages import Registration, register_knee, rigid, starting_transforms
+from .quality import failure_reason, stage_errors_mm, target_registration_error_mm
+from .stages import Registration, register_knee
+from .transforms import Rigid, apply_rigid, rigid_transform, transform_points
 
 
 def register_pair(knee: dict, folder: Path, *, root: str | Path, seed: int) -> dict:
-    """Register the MR of a manifest row, and its rescan where it has one, with its CT (for `map_knees`).
+    """Register MR and rescan of a manifest row with its CT (for `map_knees`).
 
-    Writes `<knee>_mask.nii.gz` and what `write_registration` writes, the rescan under `<knee>_rescan`.
-    Returns a flat row: flagged, flexion_deg, cpu_seconds, `rescan_...` alike, and for each bone match and overlap (see
-    `reason_to_flag`).
+    Writes `<knee>_mask.nii.gz` and the files of `write_registration`, those of a rescan under
+    `<knee>_rescan`.
+
+    Returns
+    -------
+    flagged, flexion_deg, correlation_<bone> and overlap_<bone> (see `registration_metrics`), the
+    same with the prefix rescan_, and cpu_seconds.
     """
     tic = time.process_time()
     ct = read_knee_volume(knee, "ct", root)
     masks = bone_masks(ct)
     write_volume(masks, Path(folder) / f"{knee['knee_id']}_mask.nii.gz")
     row = {}
-    for column, part in {"mr": "", "mr_rescan": "rescan_"}.items():
-        if isinstance(knee.get(column), str) and knee[column]:
-            found = register_knee(ct, read_knee_volume(knee, column, root), masks, seed=seed)
-            write_registration(found, folder, f"{knee['knee_id']}_{part}".rstrip("_"))
-            row |= {part + name: value for name, value in _flat(found).items()}
+    for column, prefix in (("mr", ""), ("mr_rescan", "rescan_")):
+        if not isinstance(knee.get(column), str):
+            continue
+        result = register_knee(ct, read_knee_volume(knee, column, root), masks, seed=seed)
+        write_registration(result, folder, f"{knee['knee_id']}_{prefix}".rstrip("_"))
+        row[f"{prefix}flagged"] = result.flagged
+        row[f"{prefix}flexion_deg"] = result.flexion_deg
+        for bone, metrics in result.metrics.items():
+            for name, value in metrics.items():
+                row[f"{prefix}{name}_{bone}"] = value
     return row | {"cpu_seconds": time.process_time() - tic}
 
 
-def _flat(found: Registration) -> dict:
-    row = {"flagged": found.flagged, "flexion_deg": found.flexion_deg}
-    return row | {f"{name}_{bone}": value for bone, c in found.checks.items() for name, value in c.items()}
-
-
-def write_registration(found: Registration, folder: str | Path, knee_id: str) -> None:
-    """Write `<knee>_stages.json` (every stage) and `<knee>_<bone>.tfm`; no .tfm when the knee is flagged."""
-    folder = Path(folder)
-    stages = {s: {b: _parameters(t) for b, t in bones.items()} for s, bones in found.stage_transforms.items()}
-    write_json(folder / f"{knee_id}_stages.json", {"log": found.stages, "flagged": found.flagged, "stages": stages})
-    for bone, transform in found.transforms.items():
-        path = folder / f"{knee_id}_{bone}.tfm"
+def write_registration(result: Registration, folder: str | Path, knee_id: str) -> None:
+    """Write `<knee>_stages.json` (all stages), and `<knee>_<bone>.tfm` unless it is flagged."""
+    stages = {}
+    for stage, transforms in result.stages.items():
+        stages[stage] = {
+            bone: {
+                "matrix": list(transform.GetMatrix()),
+                "centre": list(transform.GetCenter()),
+                "translation": list(transform.GetTranslation()),
+            }
+            for bone, transform in transforms.items()
+        }
+    content = {"log": result.log, "flagged": result.flagged, "stages": stages}
+    write_json(Path(folder) / f"{knee_id}_stages.json", content)
+    for bone, transform in result.transforms.items():
+        path = Path(folder) / f"{knee_id}_{bone}.tfm"
         path.unlink(missing_ok=True)
-        if not found.flagged:
-            partial = path.with_name(f".partial-{path.name}")
-            sitk.WriteTransform(transform, str(partial))
-            partial.replace(path)
+        if not result.flagged:
+            with atomic(path) as temporary:
+                sitk.WriteTransform(transform, str(temporary))
 
 
-def read_transforms(folder: str | Path, knee_id: str) -> dict[str, sitk.Euler3DTransform]:
-    """{bone: transform} of a registered knee (`<knee>_rescan` for its rescan); InputFault where there is none."""
-    paths = {bone: Path(folder) / f"{knee_id}_{bone}.tfm" for bone in BONES}
-    for path in (p for p in paths.values() if not p.exists()):
-        raise InputFault(path, "does not exist: the knee is flagged or not registered", "leave it out or register it")
-    return {bone: sitk.Euler3DTransform(sitk.ReadTransform(str(path))) for bone, path in paths.items()}
+def read_transforms(folder: str | Path, knee_id: str) -> dict[str, Rigid]:
+    """{bone: transform} of a knee (`<knee>_rescan` for its rescan).
+
+    Raises
+    ------
+    InputError : the knee is flagged or not registered.
+    """
+    transforms = {}
+    for bone in BONES:
+        path = Path(folder) / f"{knee_id}_{bone}.tfm"
+        if not path.exists():
+            problem = "does not exist: the knee is flagged or not registered"
+            raise InputError(path, problem, "exclude the knee or register it")
+        transforms[bone] = sitk.Euler3DTransform(sitk.ReadTransform(str(path)))
+    return transforms
 
 
-def read_stages(folder: str | Path, knee_id: str) -> dict[str, dict[str, sitk.Euler3DTransform]]:
+def read_stages(folder: str | Path, knee_id: str) -> dict[str, dict[str, Rigid]]:
     """{stage: {bone: transform}} of a registered knee, flagged or not."""
-    stages = json.loads((Path(folder) / f"{knee_id}_stages.json").read_text(encoding="utf-8"))["stages"]
-    return {stage: {bone: rigid(**p) for bone, p in bones.items()} for stage, bones in stages.items()}
-
-
-def stage_errors_mm(
-    stages: dict[str, dict[str, sitk.Transform]], true: dict[str, sitk.Transform], points_lps: dict[str, np.ndarray]
-) -> dict[str, dict[str, np.ndarray]]:
-    """{stage: {bone: (n,) target registration errors in mm}} for each bone's CT-space points (n, 3) in LPS mm."""
+    path = Path(folder) / f"{knee_id}_stages.json"
+    stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
     return {
-        stage: {b: target_registration_error_mm(t, true[b], points_lps[b]) for b, t in bones.items()}
-        for stage, bones in stages.items()
+        stage: {bone: rigid_transform(**parameters) for bone, parameters in transforms.items()}
+        for stage, transforms in stages.items()
     }
-
-
-def _parameters(transform: sitk.Euler3DTransform) -> dict:
-    matrix, centre, translation = transform.GetMatrix(), transform.GetCenter(), transform.GetTranslation()
-    return {"matrix": list(matrix), "centre": list(centre), "translation": list(translation)}

@@ -1,308 +1,332 @@
-"""Rigid registration of one knee, stage by stage: centre and orientation, whole knee, each bone, its trabeculae.
+"""Rigid registration of one knee in stages: centre, whole knee, each bone, trabeculae.
 
-Fixed is the CT, moving the MR, so every transform maps CT points to MR points (LPS mm). The metric is mutual
-information, at last the correlation of the trabeculae; ITK optimises on one thread with an integer seed: the same
-numbers every run.
+The CT is fixed and the MR is moving, so every transform maps CT points to MR points (LPS mm). The
+metric is mutual information, and in the last stage the correlation of the trabeculae. ITK runs on
+one thread with an integer seed, so that every run gives the same numbers.
 """
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
 
-from ctsma.cohort import BONES, InputFault
+from ctsma.common import BONES, InputError
 
 from .masks import isotropic
-from .quality import flexion_deg, reason_to_flag
-from .trabeculae import DEEP_MM, best_shift, checked, interior, trabeculae
+from .quality import failure_reason, flexion_deg
+from .trabeculae import INTERIOR_DEPTH_MM, best_shift, highpass, interior, registration_metrics
+from .transforms import Rigid, image_centre, recentred, rigid_transform, rotation_matrix
 
-START_VOXELS = 5000  # CT voxels of the exhaustive start: 4 mm on a 60 mm box, 6 mm on a knee (our choice)
-START_GRID = 32  # edge of its Fourier grid: any shift up to half of it is tried
-START_STEP_DEG = 18.0  # below the ~15 degrees to each side that the next level still captures (our choice)
-START_MAX_DEG = 36.0  # the stress set turns by 30 degrees (our choice)
-START_KEPT = 3  # best starts that are refined (our choice)
-CT_CLASS_HU = (-300.0, -20.0, 120.0, 300.0, 600.0)  # air, fat, soft, marrow, trabeculae, cortex (our choice)
-MR_CLASSES = 6  # classes of equal size (our choice)
-HINGE_DEG = (-12.0, 0.0, 12.0)  # flexions tried for each bone about the joint (our choice)
-BINS = 48  # of the joint histogram; 32 differed by at most 0.04 mm on five phantoms (our choice)
-ARM_MM = 30.0  # a radian of rotation weighs as much as moving by this radius of a condyle (our choice)
-OUTSIDE = -1e6  # marks what lies outside an image
-ITERATIONS = 60  # 10 to 15 are used (our choice)
+# Exhaustive start: CT voxels (4 mm on a 60 mm box, 6 mm on a knee; design choice), edge of the
+# Fourier grid (shifts of up to half of it are tried) and value that marks the outside of an image.
+START_VOXELS, START_GRID, OUTSIDE = 5000, 32, -1e6
+# Step: the next level corrects about 15 degrees to each side. Range: the stress set turns by 30
+# degrees (design choice).
+START_STEP_DEG, START_MAX_DEG = 18.0, 36.0
+N_STARTS = 3  # best starts that are refined (design choice)
+CT_CLASS_HU = (-300.0, -20.0, 120.0, 300.0, 600.0)  # air, fat, soft, marrow, trabeculae, cortex
+N_MR_CLASSES = 6  # of equal size (design choice)
+FLEXIONS_DEG = (-12.0, 0.0, 12.0)  # tried for each bone about the joint (design choice)
+N_BINS = 48  # of the joint histogram; 32 differed by at most 0.04 mm on five phantoms
+ROTATION_ARM_MM = 30.0  # a rotation counts as the motion at this radius (design choice)
+MAX_ITERATIONS = 60  # 10 to 15 are used (design choice)
 
 
-class Level(NamedTuple):
-    """One resolution: grid spacing, optimiser's first step, metric samples (0 = every voxel), mask margin."""
+@dataclass(frozen=True)
+class Level:
+    """One resolution of a stage.
+
+    Attributes
+    ----------
+    spacing_mm : of the isotropic grid. step_mm : first step of the optimiser.
+    margin_mm : of the mask around the bone; 0 to 12 mm were alike on a 0.8 mm grid.
+    n_samples : voxels of the metric, 0 for all.
+    correlation : whether the metric is the squared correlation instead of mutual information.
+    """
 
     spacing_mm: float
     step_mm: float
-    samples: int = 0
-    margin_mm: float = 3.0  # 0 to 12 mm were alike on a 0.8 mm grid
+    margin_mm: float = 3.0
+    n_samples: int = 0
+    correlation: bool = False
 
 
 WHOLE_KNEE = (Level(4.0, 3.0), Level(2.0, 1.5))
-PER_BONE = (Level(2.0, 1.5, 0, 6.0), Level(1.0, 0.6))  # a bone at 4 mm ended in a false maximum on a simulated knee
-TRABECULAE = Level(0.5, 0.2, 60_000, -DEEP_MM)
+# At 4 mm a bone of a simulated knee ended in a false maximum.
+PER_BONE = (Level(2.0, 1.5, margin_mm=6.0), Level(1.0, 0.6))
+TRABECULAE = Level(0.5, 0.2, margin_mm=-INTERIOR_DEPTH_MM, n_samples=60_000, correlation=True)
+
+
+@dataclass
+class Optimum:
+    """Result of one level: the transform and the metric there (nats, or squared correlation)."""
+
+    transform: Rigid
+    spacing_mm: float
+    metric: float
+    iterations: int
+    stop: str
+
+    def log_row(self, stage: str, bone: str = "") -> dict:
+        """All but the transform, with the names of stage and bone."""
+        row = {name: value for name, value in vars(self).items() if name != "transform"}
+        return {"stage": stage, "bone": bone} | row
 
 
 @dataclass
 class Registration:
-    """What registration of one knee found; all transforms map CT points to MR points in LPS mm.
+    """Registration of one knee; all transforms map CT points to MR points in LPS mm.
 
-    `transforms` {bone: Euler3DTransform}; `stages` one row per stage, bone and level (metric, iterations, stop reason,
-    CPU seconds); `stage_transforms` {stage: {bone: transform}}; `checks` {bone: {check: value}}; `flagged` "" or the
-    reason why the knee must not be used.
+    Attributes
+    ----------
+    stages : {stage: {bone: transform}}, in order.
+    log : one row for each stage, bone and level (see `Optimum`).
+    metrics : {bone: {"correlation", "overlap"}}, see `registration_metrics`.
+    flexion_deg : change of flexion from CT to MR.
+    flagged : why the knee must not be used, or "".
     """
 
-    transforms: dict[str, sitk.Euler3DTransform]
-    stages: list[dict]
-    stage_transforms: dict[str, dict[str, sitk.Euler3DTransform]]
-    checks: dict[str, dict[str, float]]
+    stages: dict[str, dict[str, Rigid]]
+    log: list[dict]
+    metrics: dict[str, dict[str, float]]
     flexion_deg: float
     flagged: str
 
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    # the metric's own threader ignores the method's SetNumberOfThreads; with two the last digits differ every run
-    before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    try:
-        yield
-    finally:
-        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
+    @property
+    def transforms(self) -> dict[str, Rigid]:
+        """{bone: transform} of the last stage."""
+        return self.stages["trabeculae"]
 
 
-@_one_thread()
 def register_knee(ct: sitk.Image, mr: sitk.Image, masks: sitk.Image, *, seed: int) -> Registration:
-    """Align one MR with one CT of the same knee, femur and tibia apart.
+    """Align one MR with one CT of the same knee, femur and tibia separately.
 
     Parameters
     ----------
-    ct : CT in HU; mr : MR, any orientation and slice thickness; masks : uint8 labels `BONES` on the CT grid.
-    seed : integer seed of the metric's voxel sampling; one thread, so equal seeds give equal bits.
+    ct : CT in HU. mr : MR of any orientation and slice thickness.
+    masks : uint8 labels (values of `BONES`) on the grid of the CT.
+    seed : of the metric's voxel sampling; equal seeds give equal bits.
 
     Raises
     ------
-    InputFault : a bone has no voxel in `masks`.
+    InputError : a bone has no voxel in `masks`.
 
     Notes
     -----
-    Multi-stage scheme of the paper (whole knee, then each bone with its own mask), on the MR itself in place of
-    its synthetic CT; levels, start and hinge are our choice.
+    The stages are the paper's (whole knee, then each bone in its own mask), on the MR itself
+    instead of a synthetic CT. Levels, start, flexed starts and last stage are design choices.
+    SimpleITK is left on one thread.
     """
-    for bone in [b for b, value in BONES.items() if not (sitk.GetArrayViewFromImage(masks) == value).any()]:
-        raise InputFault("masks", f"hold no {bone}", "give labels of both bones on the CT grid")
-    pyramid = {s: (isotropic(ct, s), isotropic(mr, s)) for s in {v.spacing_mm for v in WHOLE_KNEE + PER_BONE}}
-    fine = tuple(trabeculae(isotropic(image, TRABECULAE.spacing_mm)) for image in (ct, mr))
-    depths, tic = bone_depths_mm(masks), time.process_time()
+    # The metric ignores the method's own number of threads; on two the last digits vary.
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    for bone, value in BONES.items():
+        if not (sitk.GetArrayViewFromImage(masks) == value).any():
+            raise InputError("masks", f"hold no {bone}", "give labels of both bones on the CT grid")
+    spacings_mm = {level.spacing_mm for level in WHOLE_KNEE + PER_BONE}
+    pyramid = {spacing: (isotropic(ct, spacing), isotropic(mr, spacing)) for spacing in spacings_mm}
+    ct_fine, mr_fine = (highpass(isotropic(image, TRABECULAE.spacing_mm)) for image in (ct, mr))
+    depths_mm = bone_depths_mm(masks)
+
     starts = starting_transforms(ct, mr)
-    rows = [_row("centre", "", 0.0, starts[0][0], len(starts), "exhaustive", time.process_time() - tic)]
-    whole = descend([t for _, t in starts[:START_KEPT]], pyramid, WHOLE_KNEE, None, seed, rows, "whole_knee")
-    hinged = [_hinged(whole, np.mean([_middle(d) for d in depths.values()], 0), angle) for angle in HINGE_DEG]
-    apart = {b: descend(hinged, pyramid, PER_BONE, d, seed, rows, "per_bone", b) for b, d in depths.items()}
-    found, checks = {}, {}
-    for bone, depth in depths.items():
-        found[bone], checks[bone] = align_trabeculae(*fine, depth, apart[bone], seed, rows, bone)
-    stages = {
-        "centre": dict.fromkeys(BONES, starts[0][1]),
-        "whole_knee": dict.fromkeys(BONES, whole),
-        "per_bone": apart,
-        "trabeculae": found,
-    }
-    bent_deg = flexion_deg(*found.values())
-    return Registration(found, rows, stages, checks, bent_deg, reason_to_flag(checks, bent_deg, max(mr.GetSpacing())))
+    score, centre = starts[0]
+    log = [Optimum(centre, 0.0, score, len(starts), "exhaustive").log_row("centre")]
+
+    best_starts = [transform for _, transform in starts[:N_STARTS]]
+    levels = multiresolution_optimise(best_starts, pyramid, WHOLE_KNEE, None, seed)
+    log += [level.log_row("whole_knee") for level in levels]
+    whole = levels[-1].transform
+
+    joint = np.mean([_mask_shape(depth > 0).GetCentroid(1) for depth in depths_mm.values()], axis=0)
+    flexed = [flexed_start(whole, joint, angle_deg) for angle_deg in FLEXIONS_DEG]
+    per_bone, final, metrics = {}, {}, {}
+    for bone, depth_mm in depths_mm.items():
+        levels = multiresolution_optimise(flexed, pyramid, PER_BONE, depth_mm, seed)
+        log += [level.log_row("per_bone", bone) for level in levels]
+        per_bone[bone] = levels[-1].transform
+        end, metrics[bone] = align_trabeculae(ct_fine, mr_fine, depth_mm, per_bone[bone], seed)
+        log.append(end.log_row("trabeculae", bone))
+        final[bone] = end.transform
+
+    stages = {"centre": dict.fromkeys(BONES, centre), "whole_knee": dict.fromkeys(BONES, whole)}
+    stages |= {"per_bone": per_bone, "trabeculae": final}
+    flexion = flexion_deg(final["femur"], final["tibia"])
+    flagged = failure_reason(metrics, flexion, max(mr.GetSpacing()))
+    return Registration(stages, log, metrics, flexion, flagged)
 
 
-def align_trabeculae(
-    fixed: sitk.Image,
-    moving: sitk.Image,
-    depth_mm: sitk.Image,
-    start: sitk.Euler3DTransform,
-    seed: int,
-    rows: list[dict],
-    bone: str,
-) -> tuple[sitk.Euler3DTransform, dict[str, float]]:
-    """Transform of one bone from a start within some 2 mm, and its checks there (see `reason_to_flag`).
+def starting_transforms(ct: sitk.Image, mr: sitk.Image) -> list[tuple[float, Rigid]]:
+    """Exhaustive search of rigid starts: (likelihood ratio in nats, transform), best first.
 
-    `fixed`, `moving` of `trabeculae`; `depth_mm` signed distance to the bone's surface; `rows` gets a log line.
+    The rotation vectors lie on a lattice of 18 degrees. For each of them, mutual information of
+    grey-value classes is known at all voxel shifts at once, because the joint counts are
+    cross-correlations of class indicators (Fourier transform). The score is overlapping voxels x
+    mutual information, which does not reward a small overlap (design choice).
     """
-    tic, (points, grey) = time.process_time(), interior(fixed, depth_mm, seed)
-    nearer = best_shift(points, grey, moving, start)
-    region, mask = _masked(fixed, depth_mm, TRABECULAE.margin_mm)
-    end, *log, _ = _optimised(region, moving, mask, nearer, TRABECULAE, seed, trabecular=True)
-    rows.append(_row("trabeculae", bone, TRABECULAE.spacing_mm, *log, time.process_time() - tic))
-    return end, checked(points, grey, moving, end)
+    n = START_GRID
+    volume_mm3 = np.prod(ct.GetSize()) * np.prod(ct.GetSpacing())
+    spacing_mm = float((volume_mm3 / START_VOXELS) ** (1 / 3))
+    fixed, moving = isotropic(ct, spacing_mm), isotropic(mr, spacing_mm)
+    direction = np.reshape(ct.GetDirection(), (3, 3))
 
+    filled = tuple(slice(0, min(size, n)) for size in fixed.GetSize()[::-1])
+    ct_classes = np.full((n, n, n), -1)
+    ct_classes[filled] = np.digitize(sitk.GetArrayViewFromImage(fixed), CT_CLASS_HU)[filled]
+    ct_spectrum = np.conj(_class_spectrum(ct_classes, len(CT_CLASS_HU) + 1))
+    quantiles = np.arange(1, N_MR_CLASSES) / N_MR_CLASSES
+    mr_edges = np.quantile(sitk.GetArrayViewFromImage(moving), quantiles)
 
-def starting_transforms(ct: sitk.Image, mr: sitk.Image) -> list[tuple[float, sitk.Euler3DTransform]]:
-    """Rigid starts, best first, one for each of the rotations tried: (likelihood ratio in nats, transform).
-
-    For every rotation vector on an 18 degree lattice, mutual information of grey-value classes is known at all
-    voxel shifts at once: the joint counts are cross-correlations of class indicators (Fourier transform). Score
-    = overlapping voxels x mutual information, which does not reward small overlaps (our choice).
-    """
-    spacing_mm = float((np.prod(ct.GetSize()) * np.prod(ct.GetSpacing()) / START_VOXELS) ** (1 / 3))
-    fixed, moving, n = isotropic(ct, spacing_mm), isotropic(mr, spacing_mm), START_GRID
-    classes = np.full((n, n, n), -1)
-    inner = tuple(slice(0, min(s, n)) for s in fixed.GetSize()[::-1])
-    classes[inner] = np.digitize(sitk.GetArrayViewFromImage(fixed), CT_CLASS_HU)[inner]
-    spectrum = np.conj(_spectrum(classes, len(CT_CLASS_HU) + 1))
-    edges = np.quantile(sitk.GetArrayViewFromImage(moving), np.arange(1, MR_CLASSES) / MR_CLASSES)
-    grid = _grid(n, spacing_mm, ct.GetDirection())
-    middle, centre_mr = centre_of(grid), centre_of(moving)
-    first_shift = (n - np.array(classes[inner].shape)) // 2 - n // 2
-    found = []
-    for matrix in _rotations():
-        turn = rigid(matrix, middle, centre_mr - middle)
-        grey = sitk.GetArrayFromImage(sitk.Resample(moving, grid, turn, sitk.sitkLinear, OUTSIDE))
-        joint = (
-            _spectrum(np.where(grey < OUTSIDE / 2, -1, np.digitize(grey, edges)), MR_CLASSES)[None] * spectrum[:, None]
-        )
-        score = _likelihood(np.maximum(np.fft.irfftn(joint, s=(n, n, n), axes=(2, 3, 4)), 0.0))
-        shift = (np.array(np.unravel_index(score.argmax(), score.shape)) - first_shift) % n + first_shift
-        centre = middle + fixed.GetOrigin() - np.reshape(ct.GetDirection(), (3, 3)) @ shift[::-1] * spacing_mm
-        found.append((float(score.max()), rigid(matrix, centre, centre_mr - centre)))
-    return sorted(found, key=lambda pair: -pair[0])
-
-
-def _grid(n: int, spacing_mm: float, direction: tuple) -> sitk.Image:
     grid = sitk.Image([n] * 3, sitk.sitkUInt8)
     grid.SetSpacing([spacing_mm] * 3)
-    grid.SetDirection(direction)
-    return grid
+    grid.SetDirection(ct.GetDirection())
+    middle, mr_centre = image_centre(grid), image_centre(moving)
+    first_shift = (n - np.array(ct_classes[filled].shape)) // 2 - n // 2
+
+    steps_deg = np.arange(-START_MAX_DEG, START_MAX_DEG + 1, START_STEP_DEG)
+    starts = []
+    for vector_deg in product(steps_deg, repeat=3):
+        if np.linalg.norm(vector_deg) > START_MAX_DEG + 1:
+            continue
+        matrix = rotation_matrix(vector_deg)
+        rotation = rigid_transform(matrix, middle, mr_centre - middle)
+        rotated = sitk.Resample(moving, grid, rotation, sitk.sitkLinear, OUTSIDE)
+        grey = sitk.GetArrayFromImage(rotated)
+        mr_classes = np.where(grey < OUTSIDE / 2, -1, np.digitize(grey, mr_edges))
+        mr_spectrum = _class_spectrum(mr_classes, N_MR_CLASSES)
+        joint_spectrum = mr_spectrum[None] * ct_spectrum[:, None]
+        joint_counts = np.fft.irfftn(joint_spectrum, s=(n, n, n), axes=(2, 3, 4))
+        score = _likelihood_ratio(np.maximum(joint_counts, 0.0))
+        shift = np.array(np.unravel_index(score.argmax(), score.shape))
+        shift = (shift - first_shift) % n + first_shift
+        centre = middle + fixed.GetOrigin() - direction @ shift[::-1] * spacing_mm
+        start = rigid_transform(matrix, centre, mr_centre - centre)
+        starts.append((float(score.max()), start))
+    return sorted(starts, key=lambda start: -start[0])
 
 
-def _rotations() -> list[tuple]:
-    steps = np.arange(-START_MAX_DEG, START_MAX_DEG + 1, START_STEP_DEG)
-    return [_matrix(v) for v in product(steps, repeat=3) if np.linalg.norm(v) <= START_MAX_DEG + 1]
+def _class_spectrum(classes: np.ndarray, n: int) -> np.ndarray:
+    indicators = np.stack([classes == k for k in range(n)]).astype(np.float32)
+    return np.fft.rfftn(indicators, axes=(1, 2, 3))
 
 
-def _spectrum(classes: np.ndarray, n: int) -> np.ndarray:
-    return np.fft.rfftn(np.stack([classes == k for k in range(n)]).astype(np.float32), axes=(1, 2, 3))
+def _likelihood_ratio(joint: np.ndarray) -> np.ndarray:
+    """Counts x mutual information (nats) at every shift, from joint counts (a, b, z, y, x)."""
+
+    def sum_n_log_n(counts: np.ndarray) -> np.ndarray:
+        terms = counts * np.log(np.maximum(counts, 1e-6))
+        return terms.reshape(-1, *joint.shape[2:]).sum(0)
+
+    ct_counts, mr_counts, total = joint.sum(1), joint.sum(0), joint.sum((0, 1))[None]
+    return sum_n_log_n(joint) - sum_n_log_n(ct_counts) - sum_n_log_n(mr_counts) + sum_n_log_n(total)
 
 
-def _likelihood(joint: np.ndarray) -> np.ndarray:
-    """Counts x mutual information (nats) for joint counts (a, b, z, y, x), at every shift."""
-
-    def plogp(counts: np.ndarray) -> np.ndarray:
-        return (counts * np.log(np.maximum(counts, 1e-6))).reshape(-1, *joint.shape[2:]).sum(0)
-
-    total = joint.sum((0, 1))[None]
-    return plogp(joint) - plogp(joint.sum(1)) - plogp(joint.sum(0)) + plogp(total)
+def flexed_start(transform: Rigid, joint: np.ndarray, angle_deg: float) -> Rigid:
+    """Flexion about the left-right axis (x) through the joint in CT space, then the transform."""
+    flexion = np.reshape(rotation_matrix([angle_deg, 0.0, 0.0]), (3, 3))
+    matrix = np.reshape(transform.GetMatrix(), (3, 3)) @ flexion
+    return rigid_transform(matrix, joint, recentred(transform, joint).GetTranslation())
 
 
-def descend(
-    starts: list[sitk.Euler3DTransform],
-    pyramid: dict[float, tuple[sitk.Image, sitk.Image]],
-    levels: Sequence[Level],
-    depth_mm: sitk.Image | None,
-    seed: int,
-    rows: list[dict],
-    stage: str,
-    bone: str = "",
-) -> sitk.Euler3DTransform:
-    """Coarse to fine: every start at the first level, the best of them further; `rows` gets one log line a level.
+def multiresolution_optimise(starts, pyramid, levels, depth_mm, seed) -> list[Optimum]:
+    """Coarse to fine: all starts at the first level, the best result of it at the others.
 
-    `pyramid` {spacing in mm: (CT, MR)}; `depth_mm` signed distance to the bone's surface, None for the whole knee.
+    Parameters
+    ----------
+    starts : list of transforms. pyramid : {spacing in mm: (CT, MR)}. levels : of `Level`.
+    depth_mm : signed distance to the bone's surface, positive inside; None for the whole knee.
+
+    Returns
+    -------
+    The best optimum of each level.
     """
+    optima = []
     for level in levels:
         fixed, moving = pyramid[level.spacing_mm]
-        fixed, mask = (fixed, None) if depth_mm is None else _masked(fixed, depth_mm, level.margin_mm)
-        results = [_optimised(fixed, moving, mask, t, level, seed) for t in starts]
-        end, *log, _ = max(results, key=lambda r: r[1])
-        rows.append(_row(stage, bone, level.spacing_mm, *log, sum(r[-1] for r in results)))
-        starts = [end]
-    return end
+        mask = None
+        if depth_mm is not None:
+            fixed, mask = _near_bone(fixed, depth_mm, level.margin_mm)
+        results = [optimise(fixed, moving, mask, start, level, seed) for start in starts]
+        best = max(results, key=lambda result: result.metric)
+        optima.append(best)
+        starts = [best.transform]
+    return optima
 
 
-def _optimised(fixed, moving, mask, start, level, seed, trabecular=False) -> tuple:
-    """(transform, metric, iterations, stop reason, CPU seconds); metric in nats, of trabeculae the squared match."""
-    tic, method = time.process_time(), sitk.ImageRegistrationMethod()
-    if trabecular:
+def align_trabeculae(ct, mr, depth_mm, start, seed) -> tuple[Optimum, dict[str, float]]:
+    """Align the trabeculae of one bone from a start within about 2 mm.
+
+    Parameters
+    ----------
+    ct, mr : high-pass filtered images on 0.5 mm grids. depth_mm : as `multiresolution_optimise`.
+    start : transform.
+
+    Returns
+    -------
+    The optimum, and the `registration_metrics` of its transform.
+    """
+    points, grey = interior(ct, depth_mm, seed)
+    shifted = best_shift(points, grey, mr, start)
+    fixed, mask = _near_bone(ct, depth_mm, TRABECULAE.margin_mm)
+    end = optimise(fixed, mr, mask, shifted, TRABECULAE, seed)
+    return end, registration_metrics(points, grey, mr, end.transform)
+
+
+def optimise(fixed, moving, mask, start, level, seed) -> Optimum:
+    """One gradient descent from a start at one `Level`; `mask` on the grid of `fixed`, or None.
+
+    Where CT and MR hardly overlap the metric is 0, and `stop` says why.
+    """
+    method = sitk.ImageRegistrationMethod()
+    if level.correlation:
         method.SetMetricAsCorrelation()
     else:
-        method.SetMetricAsMattesMutualInformation(BINS)
-    if level.samples and mask is not None:
-        method.SetMetricSamplingStrategy(method.RANDOM)
-        share = min(1.0, level.samples / sitk.GetArrayViewFromImage(mask).sum())
-        method.SetMetricSamplingPercentage(share, seed + 1)  # 0 is sitkWallClock: another sample every run
+        method.SetMetricAsMattesMutualInformation(N_BINS)
     if mask is not None:
         method.SetMetricFixedMask(mask)
-    # ITK smooths its own gradient image, which cost about 0.1 mm on phantoms: take differences of the image
+    if level.n_samples:
+        share = min(1.0, level.n_samples / sitk.GetArrayViewFromImage(mask).sum())
+        method.SetMetricSamplingStrategy(method.RANDOM)
+        method.SetMetricSamplingPercentage(share, seed + 1)  # 0 is the wall clock: not repeatable
+    # ITK's smoothed gradient image cost about 0.1 mm on phantoms; use differences of the image.
     method.SetMetricUseMovingImageGradientFilter(False)
     method.SetMetricUseFixedImageGradientFilter(False)
     method.SetInterpolator(sitk.sitkLinear)
-    method.SetOptimizerAsRegularStepGradientDescent(level.step_mm, level.step_mm / 40, ITERATIONS, 0.5, 1e-9)
-    method.SetOptimizerScales([ARM_MM**2] * 3 + [1.0] * 3)
-    method.SetInitialTransform(recentred(start, centre_of(fixed)), inPlace=True)
+    method.SetOptimizerAsRegularStepGradientDescent(
+        learningRate=level.step_mm,
+        minStep=level.step_mm / 40,
+        numberOfIterations=MAX_ITERATIONS,
+        relaxationFactor=0.5,
+        gradientMagnitudeTolerance=1e-9,
+    )
+    method.SetOptimizerScales([ROTATION_ARM_MM**2] * 3 + [1.0] * 3)
+    method.SetInitialTransform(recentred(start, image_centre(fixed)), inPlace=True)
     try:
-        end = method.Execute(fixed, moving)
-    except RuntimeError as error:  # hardly any overlap: this start is out of the race, and the log says why
-        return start, 0.0, 0, str(error).strip().rpartition("\n")[2], time.process_time() - tic
-    log = -method.GetMetricValue(), method.GetOptimizerIteration(), method.GetOptimizerStopConditionDescription()
-    return sitk.Euler3DTransform(end), *log, time.process_time() - tic
-
-
-def _row(stage, bone, spacing_mm, metric, iterations, stop, seconds) -> dict:
-    row = {"stage": stage, "bone": bone, "spacing_mm": spacing_mm, "metric": metric}
-    return row | {"iterations": iterations, "stop": stop, "seconds": seconds}
+        end = sitk.Euler3DTransform(method.Execute(fixed, moving))
+    except RuntimeError as error:
+        return Optimum(start, level.spacing_mm, 0.0, 0, str(error).strip().rpartition("\n")[2])
+    iterations, stop = method.GetOptimizerIteration(), method.GetOptimizerStopConditionDescription()
+    return Optimum(end, level.spacing_mm, -method.GetMetricValue(), iterations, stop)
 
 
 def bone_depths_mm(masks: sitk.Image) -> dict[str, sitk.Image]:
-    """{bone: signed distance to its surface in mm, inside positive, on a 1 mm grid} of a label image (`BONES`)."""
-    coarse = {b: isotropic(sitk.Cast(masks == value, sitk.sitkFloat32), 1.0) for b, value in BONES.items()}
-    return {bone: sitk.SignedMaurerDistanceMap(share > 0.5, True, False, True) for bone, share in coarse.items()}
+    """{bone: signed distance to its surface in mm, positive inside, on a 1 mm grid}."""
+    depths_mm = {}
+    for bone, value in BONES.items():
+        share = isotropic(sitk.Cast(masks == value, sitk.sitkFloat32), 1.0)
+        depths_mm[bone] = sitk.SignedMaurerDistanceMap(share > 0.5, True, False, True)
+    return depths_mm
 
 
-def _masked(fixed: sitk.Image, depth_mm: sitk.Image, margin_mm: float) -> tuple[sitk.Image, sitk.Image]:
-    near = sitk.Resample(depth_mm, fixed, sitk.Transform(), sitk.sitkLinear, OUTSIDE) > -margin_mm
-    box = _shape(near).GetBoundingBox(1)
-    return sitk.RegionOfInterest(fixed, box[3:], box[:3]), sitk.RegionOfInterest(near, box[3:], box[:3])
+def _near_bone(image, depth_mm, margin_mm) -> tuple[sitk.Image, sitk.Image]:
+    """Image and mask of a bone with a margin, both cropped to the mask."""
+    depth = sitk.Resample(depth_mm, image, sitk.Transform(), sitk.sitkLinear, OUTSIDE)
+    mask = depth > -margin_mm
+    box = _mask_shape(mask).GetBoundingBox(1)
+    start, size = box[:3], box[3:]
+    return sitk.RegionOfInterest(image, size, start), sitk.RegionOfInterest(mask, size, start)
 
 
-def _middle(depth_mm: sitk.Image) -> np.ndarray:
-    return np.array(_shape(depth_mm > 0).GetCentroid(1))
-
-
-def _shape(mask: sitk.Image) -> sitk.LabelShapeStatisticsImageFilter:
+def _mask_shape(mask: sitk.Image) -> sitk.LabelShapeStatisticsImageFilter:
     shape = sitk.LabelShapeStatisticsImageFilter()
     shape.Execute(mask)
     return shape
-
-
-def centre_of(image: sitk.Image) -> np.ndarray:
-    """Middle of an image's box, (x, y, z) in LPS mm."""
-    return np.array(image.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in image.GetSize()]))
-
-
-def rigid(matrix: Sequence, centre: Sequence, translation: Sequence) -> sitk.Euler3DTransform:
-    """p -> matrix (p - centre) + centre + translation; lengths in mm, matrix (3, 3) or flat."""
-    transform = sitk.Euler3DTransform()
-    transform.SetCenter([float(v) for v in centre])
-    transform.SetMatrix([float(v) for v in np.ravel(matrix)], 1e-6)
-    transform.SetTranslation([float(v) for v in translation])
-    return transform
-
-
-def recentred(transform: sitk.Euler3DTransform, centre: Sequence) -> sitk.Euler3DTransform:
-    """The same motion, its rotation written about another centre (LPS mm)."""
-    image = transform.TransformPoint([float(v) for v in centre])
-    return rigid(transform.GetMatrix(), centre, np.subtract(image, centre))
-
-
-def _matrix(vector_deg: Sequence) -> tuple:
-    angle = float(np.linalg.norm(vector_deg))
-    axis = (np.asarray(vector_deg) / angle).tolist() if angle else [0.0, 0.0, 1.0]
-    return sitk.VersorTransform(axis, np.deg2rad(angle)).GetMatrix()
-
-
-def _hinged(transform: sitk.Euler3DTransform, joint: np.ndarray, angle_deg: float) -> sitk.Euler3DTransform:
-    """Flexion by an angle about the left-right axis (x) through the joint in CT space, then the transform."""
-    at_joint = recentred(transform, joint)
-    turned = np.reshape(transform.GetMatrix(), (3, 3)) @ np.reshape(_matrix([angle_deg, 0.0, 0.0]), (3, 3))
-    return rigid(turned, joint, at_joint.GetTranslation())

@@ -1,0 +1,229 @@
+"""Out-of-fold probability of OA of each knee from a Transformer over its patch tokens.
+
+Tokens, labels and splits as in `ctsma.diagnosis.inputs`. The published Transformer states neither
+size nor training, so every setting is a design choice.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import joblib
+import numpy as np
+import pandas as pd
+import torch
+from numpy import ndarray
+from numpy.random import Generator
+from torch import Tensor, nn
+
+from ctsma.common import BIOMARKERS, COMPARTMENTS, InputError
+
+from .inputs import POSITION, knee_table
+
+
+@dataclass(frozen=True)
+class TransformerSettings:
+    """Size and training of the patch Transformer.
+
+    On synthetic tokens of no cohort more layers, width or dropout gave the same AUC within its
+    error. The learning rate was chosen by the validation loss of `mr_reference` inside the training
+    folds of a simulated cohort of 80 knees.
+    """
+
+    width: int = 16
+    layers: int = 1
+    heads: int = 4
+    dropout: float = 0.2
+    learning_rate: float = 5e-3
+    weight_decay: float = 0.05
+    max_epochs: int = 80
+    patience: int = 20  # epochs without a lower validation loss
+    validation_share: float = 0.2  # of the training subjects, for early stopping only
+    patches_per_step: int = (
+        8  # random patches of each knee in one step: regularises, bounds the cost
+    )
+    features: tuple[
+        str, ...
+    ] = ()  # columns of the tokens; empty: biomarkers and position if present
+
+
+@dataclass(frozen=True)
+class KneeTokens:
+    """Tokens padded to the largest number of patches of a knee.
+
+    knees: subject_id, oa, fold by knee_id. values (knees, patches, features + compartments): the
+    features and the one-hot compartment. absent (knees, patches): padding. rows (knees, patches):
+    row of each patch in the tokens, -1 for padding.
+    """
+
+    knees: pd.DataFrame
+    values: ndarray
+    absent: ndarray
+    rows: ndarray
+
+
+class PatchTransformer(nn.Module):
+    """Encoder over tokens (knees, patches, features) without order, attention pooling, one logit.
+
+    The last features are the one-hot compartment. Each compartment has its own embedding of the
+    other features: the same BV/TV means something else in the loaded and the unloaded compartment.
+    """
+
+    def __init__(self, n_features: int, settings: TransformerSettings):
+        super().__init__()
+        width, n_compartments = settings.width, len(COMPARTMENTS)
+        self.embed = nn.Linear((n_features - n_compartments + 1) * n_compartments, width)
+        layer = nn.TransformerEncoderLayer(
+            d_model=width,
+            nhead=settings.heads,
+            dim_feedforward=2 * width,
+            dropout=settings.dropout,
+            batch_first=True,
+            norm_first=True,
+        )
+        self.encoder = nn.TransformerEncoder(layer, settings.layers, enable_nested_tensor=False)
+        self.attention = nn.Linear(width, 1)
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, tokens: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
+        """Logit (knees,) and pooling weight (knees, patches), 0 where `absent` (knees, patches)."""
+        n_compartments = len(COMPARTMENTS)
+        features, one_hot = tokens[..., :-n_compartments], tokens[..., -n_compartments:]
+        features = torch.cat([features, torch.ones_like(features[..., :1])], dim=2)
+        by_compartment = features[..., None] * one_hot[..., None, :]
+        hidden = self.encoder(self.embed(by_compartment.flatten(2)), src_key_padding_mask=absent)
+        weights = self.attention(hidden).squeeze(-1).masked_fill(absent, -torch.inf).softmax(dim=1)
+        pooled = (weights.unsqueeze(-1) * hidden).sum(dim=1)
+        return self.head(pooled).squeeze(-1), weights
+
+
+def cross_validate_arms(
+    tokens: Mapping[str, pd.DataFrame], labels, splits, settings, seeds=(0,), n_jobs: int = 1
+) -> pd.DataFrame:
+    """Score of every knee by a Transformer that never saw its subject, for each arm and seed.
+
+    tokens: by arm; labels and splits as in `ctsma.diagnosis.inputs`; settings: TransformerSettings.
+
+    Standardisation, weights and early stopping come from the training folds alone. All (arm, seed,
+    fold) run in parallel processes of one thread; the same seed gives the same scores.
+    Returns DataFrame(arm, seed, knee_id, subject_id, fold, score). Raises InputError for NaN in the
+    tokens, an unknown compartment, and as `knee_table`.
+    """
+    inputs = {arm: pad_tokens(rows, labels, splits, settings) for arm, rows in tokens.items()}
+    tasks = []
+    for arm, data in inputs.items():
+        for seed in seeds:
+            for fold in data.knees["fold"].unique():
+                tasks.append(joblib.delayed(_fold_scores)(arm, data, fold, settings, seed))
+    with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
+        frames = joblib.Parallel()(tasks)
+    return pd.concat(frames).sort_values(["arm", "seed", "knee_id"], ignore_index=True)
+
+
+def _fold_scores(
+    arm: str, data: KneeTokens, fold: int, settings: TransformerSettings, seed: int
+) -> pd.DataFrame:
+    model, tokens = fit_without_fold(data, fold, settings, seed)
+    test = (data.knees["fold"] == fold).to_numpy(copy=True)
+    with torch.no_grad():
+        logit, _ = model(tokens[test], torch.tensor(data.absent[test]))
+    knees = data.knees.loc[test, ["subject_id", "fold"]].reset_index()
+    score = logit.sigmoid().numpy().astype(float)
+    scored = knees.assign(arm=arm, seed=seed, score=score)
+    return scored[["arm", "seed", "knee_id", "subject_id", "fold", "score"]]
+
+
+def pad_tokens(
+    tokens: pd.DataFrame, labels: pd.Series, splits: pd.DataFrame, settings: TransformerSettings
+) -> KneeTokens:
+    """Check tokens and pad them to one array; errors as `cross_validate_arms`."""
+    known = (*BIOMARKERS, *POSITION)
+    features = list(settings.features) or [name for name in known if name in tokens]
+    if not features:
+        raise InputError("tokens", "hold no feature", f"give some of {', '.join(known)}")
+    for name in features:
+        if name not in tokens or not np.isfinite(tokens[name]).all():
+            raise InputError("tokens", f"hold NaN or nothing in {name}", "leave such patches out")
+    if not set(tokens["compartment"]) <= set(COMPARTMENTS):
+        names = ", ".join(COMPARTMENTS)
+        raise InputError("tokens", "name an unknown compartment", f"use {names}")
+    knees = knee_table(tokens, labels, splits)
+    one_hot = tokens["compartment"].to_numpy()[:, None] == np.array(COMPARTMENTS)
+    values = np.hstack([tokens[features].to_numpy(dtype=np.float64), one_hot])
+    knee = knees.index.get_indexer(tokens["knee_id"])
+    place = tokens.groupby("knee_id").cumcount().to_numpy()
+    rows = np.full((len(knees), place.max() + 1), -1)
+    rows[knee, place] = np.arange(len(tokens))
+    return KneeTokens(knees, values[rows], rows < 0, rows)
+
+
+def fit_without_fold(
+    data: KneeTokens, fold: int, settings: TransformerSettings, seed: int
+) -> tuple[PatchTransformer, Tensor]:
+    """The model trained without this fold, and all tokens standardised by the training folds."""
+    knees, n_features = data.knees, data.values.shape[2]
+    rng = np.random.default_rng([seed, int(fold)])
+    training = (knees["fold"] != fold).to_numpy()
+    measured = n_features - len(COMPARTMENTS)  # the one-hot compartment is not standardised
+    seen = data.values[training][~data.absent[training]][:, :measured]
+    mean, sd = np.zeros(n_features), np.ones(n_features)
+    mean[:measured] = seen.mean(axis=0)
+    sd[:measured] = np.maximum(seen.std(axis=0), 1e-9)
+    tokens = torch.from_numpy(((data.values - mean) / sd).astype(np.float32))
+    absent = torch.tensor(data.absent)
+    oa = torch.tensor(knees["oa"].to_numpy(np.float32, copy=True))
+    held_out = _validation_subjects(knees[training], settings.validation_share, rng)
+    validation = training & knees["subject_id"].isin(held_out).to_numpy()
+    fitting = training & ~validation
+    with torch.random.fork_rng(devices=[]):  # weights and dropout read torch's global generator
+        torch.manual_seed(int(rng.integers(2**31)))
+        model = PatchTransformer(n_features, settings)
+        fitting_set = tokens[fitting], absent[fitting], oa[fitting]
+        validation_set = tokens[validation], absent[validation], oa[validation]
+        return _train(model, fitting_set, validation_set, settings), tokens
+
+
+def _validation_subjects(knees: pd.DataFrame, share: float, rng: Generator) -> list[str]:
+    """The same share of subjects of each class; at least one of each class stays for fitting."""
+    classes = knees.groupby("subject_id")["oa"].max()
+    shuffled = classes.iloc[rng.permutation(len(classes))]
+    held_out = []
+    for oa in (0, 1):
+        subjects = shuffled.index[shuffled == oa]
+        count = int(np.ceil(len(subjects) * share))
+        held_out += list(subjects[: min(count, max(len(subjects) - 1, 0))])
+    return held_out
+
+
+def _train(
+    model: PatchTransformer, fitting: tuple, validation: tuple, settings: TransformerSettings
+) -> PatchTransformer:
+    """Full-batch AdamW on binary cross-entropy; keeps the weights of least validation loss."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    cross_entropy = nn.functional.binary_cross_entropy_with_logits
+    tokens, absent, oa = fitting
+    best_loss, best_epoch, best_state = np.inf, 0, None
+    for epoch in range(settings.max_epochs):
+        model.train()
+        logit, _ = model(*_random_patches(tokens, absent, settings.patches_per_step))
+        optimizer.zero_grad()
+        cross_entropy(logit, oa).backward()
+        optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            logit, _ = model(validation[0], validation[1])
+            loss = cross_entropy(logit, validation[2]).item()
+        if not loss >= best_loss:  # also true for NaN, where nobody could be held out
+            best_loss, best_epoch = loss, epoch
+            best_state = {name: value.clone() for name, value in model.state_dict().items()}
+        elif epoch - best_epoch >= settings.patience:
+            break
+    model.load_state_dict(best_state)
+    return model.eval()
+
+
+def _random_patches(tokens: Tensor, absent: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    chosen = torch.rand(absent.shape).masked_fill(absent, 2).argsort(dim=1)[:, :count]
+    tokens = torch.take_along_dim(tokens, chosen[:, :, None], dim=1)
+    return tokens, torch.take_along_dim(absent, chosen, dim=1)

@@ -1,0 +1,289 @@
+"""Every arm on the same folds, patches and budget: out-of-fold predictions."""
+
+import hashlib
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pandas as pd
+import torch
+from numpy import ndarray
+
+from ctsma.arms import ARMS, TRAINED, Arm, validated
+from ctsma.cache import content_hash, read_record, source_sha256, time_left
+from ctsma.common import BIOMARKERS, InputError
+from ctsma.files import sha256_file, versions
+from ctsma.models import Network, ridge_estimates
+from ctsma.patches import Patches, mean_cortical_hu
+
+from .checkpoints import load_model, save_model
+from .data import Fold, TrainingData, make_fold, make_input, prepare
+from .losses import loss_term
+from .settings import Settings
+from .training import TeacherCache, predict_with_sd, train
+
+TEACHER = ARMS["mr_teacher"]
+KEYS = ["arm", "fold", "knee_id", "subject_id", "patch_id"]
+PLACE = ["compartment", "u", "v", "w", "mean_hu"]
+
+
+def cross_validate(
+    patches: Patches,
+    splits: pd.DataFrame,
+    arms: Sequence[str | Arm],
+    settings: Settings | Mapping,
+    seeds: Sequence[int],
+    folder: str | Path,
+    n_jobs: int = 1,
+    report: Callable[..., None] | None = None,
+) -> pd.DataFrame:
+    """Train and predict every arm in every fold.
+
+    Each patch is predicted by a model that never saw its subject.
+
+    Parameters
+    ----------
+    patches : usable patches with their MR reference biomarkers.
+    splits : subject_id, fold.
+    arms : ids of arms.yaml, or arms of your own (of `read_arms`).
+    settings : `Settings`, or a mapping of its fields.
+    seeds : each trains every network once, with its own initial weights, batches, augmentation,
+        validation subjects and teacher.
+    folder : of the models `<arm>_fold<k>_seed<s>`; one of the same code, data, split, arm and
+        settings is reused.
+    n_jobs : processes of one thread each, over (arm, fold, seed).
+    report : called as `report(line, done=..., total=...)` after each (arm, fold, seed).
+
+    Returns
+    -------
+    DataFrame: arm, fold, seed, knee_id, subject_id, patch_id, the four predicted biomarkers and
+    their predicted <biomarker>_sd (NaN for a ridge).
+
+    Raises InputError: NaN in patches, a subject without fold, a fold without variance or with too
+    few subjects, an unknown arm, setting or loss term.
+    """
+    if not isinstance(settings, Settings):
+        settings = validated(Settings, "settings", settings)
+    unknown = [arm for arm in arms if isinstance(arm, str) and arm not in TRAINED]
+    if unknown:
+        raise InputError("arms", f"hold {unknown[0]!r}", f"choose among {', '.join(TRAINED)}")
+    chosen = [ARMS[arm] if isinstance(arm, str) else arm for arm in arms]
+    _check(patches, splits, chosen)
+    data = prepare(patches)
+    study = _Study(data, splits, settings, Path(folder), _data_key(data, splits))
+    first = [arm for arm in chosen if not arm.distilled]
+    distilled = [arm for arm in chosen if arm.distilled]
+    if distilled and TEACHER not in first:
+        first.append(TEACHER)
+    first.sort(key=lambda arm: arm.kind != "teacher")  # the slowest first
+    jobs = []
+    for arm in first + distilled:
+        own_seeds = seeds[:1] if arm.kind == "ridge" else seeds  # a ridge draws nothing
+        jobs += [(arm, int(k), seed) for k in sorted(splits["fold"].unique()) for seed in own_seeds]
+    found, started = [], time.perf_counter()
+    for wave in (False, True):  # students wait for the teachers of their folds
+        tasks = [joblib.delayed(study.run)(*job) for job in jobs if job[0].distilled == wave]
+        with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
+            for predictions in joblib.Parallel(return_as="generator")(tasks):
+                found.append(predictions)
+                if report:
+                    seconds_each = (time.perf_counter() - started) / len(found)
+                    left = time_left(seconds_each * (len(jobs) - len(found)))
+                    job = "{}, fold {}, seed {}".format(*predictions.iloc[0, :3])
+                    line = f"train {len(found)}/{len(jobs)} {job}: done{left}"
+                    report(line, done=len(found), total=len(jobs))
+    ordered = [part for arm in chosen for part in found if part["arm"].iloc[0] == arm.id]
+    return pd.concat(ordered, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class _Study:
+    """What all folds of a cross-validation share."""
+
+    data: TrainingData
+    splits: pd.DataFrame
+    settings: Settings
+    folder: Path
+    data_key: str
+
+    def run(self, arm: Arm, number: int, seed: int) -> pd.DataFrame:
+        """Predictions of one arm for the test rows of one fold."""
+        torch.set_num_threads(1)  # a fold is a process; more threads would change the last bits
+        data = self.data
+        fold = make_fold(data, self.splits, number, seed, self.settings, arm)
+        if arm.kind == "ridge":
+            rows = np.concatenate([fold.fit, fold.validation])
+            features = data.ridge_input(arm.input)
+            values = ridge_estimates(
+                features[rows], data.targets[rows], data.subjects[rows], features[fold.test]
+            )
+            sd = np.full_like(values, np.nan)
+        else:
+            network, scale = self.network(arm, fold, seed)
+            values, sd = predict_with_sd(network, data, fold.test, scale, self.settings)
+        return _prediction_rows(data.table.iloc[fold.test], arm.id, number, seed, values, sd)
+
+    def network(self, arm: Arm, fold: Fold, seed: int) -> tuple[Network, dict]:
+        """The arm's network and scale: read where it was trained before, else trained and written.
+
+        Of several candidate loss weights those of the least validation error are kept.
+        """
+        stem = self.folder / f"{arm.id}_fold{fold.number}_seed{seed}"
+        terms = {name for weights in arm.loss_weights for name in weights if ":" in name}
+        code = {name: sha256_file(inspect.getfile(loss_term(name))) for name in terms}
+        description = [arm.id, arm.input, arm.baseline, arm.loss_weights, code]
+        choices = self.settings.model_dump()
+        key = content_hash(self.data_key, description, fold.number, seed, choices)
+        if read_record(f"{stem}.json", key) is None:
+            self._train(arm, fold, seed, stem, key)
+        network, record = load_model(stem)
+        return network, record["scale"]
+
+    def _train(self, arm: Arm, fold: Fold, seed: int, stem: Path, key: str) -> None:
+        data, settings, teacher = self.data, self.settings, None
+        if arm.distilled:
+            frozen, _ = load_model(self.folder / f"{TEACHER.id}_fold{fold.number}_seed{seed}")
+            teacher = TeacherCache(frozen.requires_grad_(False), data, fold, settings)
+        trials, checkpoints = [], []
+        for candidate, loss_weights in enumerate(arm.loss_weights):
+            checkpoint = Path(f"{stem}_{key[:16]}_{candidate}.checkpoint")
+            trials.append(train(data, fold, loss_weights, teacher, seed, settings, checkpoint))
+            checkpoints.append(checkpoint)
+        errors = [float(curves["validation_mse"].iloc[-1]) for _, curves in trials]
+        best = int(np.argmin(errors))
+        parts = {"fit": fold.fit, "validation": fold.validation, "test": fold.test}
+        record = {
+            "arm": arm.id,
+            "role": arm.kind,
+            "fold": fold.number,
+            "seed": seed,
+            "loss_weights": arm.loss_weights[best],
+            "scale": fold.scale,
+            "validation_mse": errors,
+            "subjects": {n: np.unique(data.subjects[rows]).tolist() for n, rows in parts.items()},
+            "settings": settings.model_dump(),
+            "packages": versions(),
+            "curves": trials[best][1].to_dict("list"),
+        }
+        save_model(stem, trials[best][0], key, record)
+        for checkpoint in checkpoints:
+            checkpoint.unlink()
+
+
+def _check(patches: Patches, splits: pd.DataFrame, arms: Sequence[Arm]) -> None:
+    """InputError for what would fail later, or give numbers that mean nothing."""
+    for term in {name for arm in arms for weights in arm.loss_weights for name in weights}:
+        loss_term(term)
+    missing = sorted(set(patches.table["subject_id"]) - set(splits["subject_id"]))
+    if missing:
+        problem = f"have no fold for subject {', '.join(missing[:3])}"
+        raise InputError("splits", problem, "make the splits again")
+    cortical_hu, reference = mean_cortical_hu(patches.table), patches.table[list(BIOMARKERS)]
+    arrays = {"mr": patches.mr, "ct": patches.ct, "cortical HU": cortical_hu}
+    for name, values in (arrays | {"reference": reference}).items():
+        if not np.isfinite(values).all(axis=None):
+            problem = f"hold a value that is not finite in {name}"
+            raise InputError("patches", problem, "leave flagged patches out")
+
+
+def _data_key(data: TrainingData, splits: pd.DataFrame) -> str:
+    arrays = data.targets, data.ct, data.mr, data.voi, data.cortical_hu
+    digests = [hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for array in arrays]
+    folds = splits[["subject_id", "fold"]].sort_values("subject_id").to_numpy().tolist()
+    return content_hash(digests, folds, source_sha256("ctsma.distillation"))
+
+
+def predict_ct_only(
+    patches: Patches,
+    splits: pd.DataFrame,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    folder: str | Path,
+) -> pd.DataFrame:
+    """Predict patches of knees without usable MR by the trained students of their subjects' folds.
+
+    Parameters
+    ----------
+    patches : of `load_ct_only_patches`.
+    splits, arms, seeds, folder : as given to `cross_validate`, which trained the networks.
+
+    Returns
+    -------
+    DataFrame as of `cross_validate`. A network of a subject's fold never saw the subject.
+    """
+    table = patches.table.assign(**dict.fromkeys(BIOMARKERS, np.nan))
+    students = [arm for arm in arms if ARMS[arm].kind == "student"]
+    if table.empty or not students:
+        nothing = np.zeros((0, len(BIOMARKERS)))
+        return _prediction_rows(table[:0], "", 0, 0, nothing, nothing)
+    data, parts = prepare(replace(patches, table=table)), []
+    folds = splits.set_index("subject_id")["fold"].loc[table["subject_id"]].to_numpy()
+    jobs = [(arm, k, seed) for arm in students for k in np.unique(folds) for seed in seeds]
+    for arm, number, seed in jobs:
+        network, record = load_model(Path(folder) / f"{arm}_fold{number}_seed{seed}")
+        rows, settings = np.flatnonzero(folds == number), Settings(**record["settings"])
+        values, sd = predict_with_sd(network, data, rows, record["scale"], settings)
+        parts.append(_prediction_rows(table.iloc[rows], arm, number, seed, values, sd))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _prediction_rows(
+    table: pd.DataFrame, arm: str, fold: int, seed: int, values: ndarray, sd: ndarray
+) -> pd.DataFrame:
+    patches = table[["knee_id", "subject_id", "patch_id"]].reset_index(drop=True)
+    heads = pd.DataFrame({"arm": arm, "fold": fold, "seed": seed}, index=patches.index)
+    estimates = pd.DataFrame(values, columns=list(BIOMARKERS))
+    sds = pd.DataFrame(sd, columns=[f"{name}_sd" for name in BIOMARKERS])
+    return pd.concat([heads, patches, estimates, sds], axis=1)
+
+
+def mean_over_seeds(predictions: pd.DataFrame) -> pd.DataFrame:
+    """One row per arm and patch: the mean over the seeds.
+
+    <biomarker>_sd combines the predicted variance with the variance between seeds.
+    """
+    columns = list(BIOMARKERS)
+    groups = predictions.groupby(KEYS, sort=False)
+    variances = predictions.assign(**{b: predictions[f"{b}_sd"] ** 2 for b in columns})
+    within = variances.groupby(KEYS, sort=False)[columns].mean()
+    sd = np.sqrt(within + groups[columns].var(ddof=0)).add_suffix("_sd")
+    return pd.concat([groups[columns].mean(), sd], axis=1).reset_index()
+
+
+def with_reference(predictions: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """Predictions beside what is known of their patches.
+
+    Adds compartment, u, v, w, mean_hu, <biomarker>_reference (the MR) and, for simulated knees,
+    <biomarker>_true, as far as the table of patches has them.
+    """
+    names = {name: f"{name}_reference" for name in BIOMARKERS}
+    names |= {f"true_{name}": f"{name}_true" for name in BIOMARKERS}
+    names = {name: new for name, new in names.items() if name in table}
+    known = table[["knee_id", "patch_id", *PLACE, *names]].rename(columns=names)
+    joined = predictions.merge(known, on=["knee_id", "patch_id"], how="left", validate="m:1")
+    order = [*KEYS, *PLACE, *predictions.columns.difference(KEYS, sort=False), *names.values()]
+    return joined[order]
+
+
+def feature_maps(
+    folder: str | Path, arms: Sequence[str], patches: Patches, patch: int, fold: int, seed: int
+) -> dict[str, ndarray]:
+    """Middle slice (rows, columns) of the first stage's map of one patch, by arm, standardised.
+
+    All arms show the channel that varies most in the first arm.
+    """
+    row = [patch]
+    one = Patches(patches.table.iloc[row], patches.mr[row], patches.ct[row], patches.voi[row])
+    data, maps = prepare(one), {}
+    for arm in arms:
+        network, record = load_model(Path(folder) / f"{arm}_fold{fold}_seed{seed}")
+        x = make_input(data, np.array([0]), record["scale"], record["settings"]["device"])
+        with torch.no_grad():
+            maps[arm] = network(x)[1][0][0].float().cpu().numpy()
+    channel = int(np.argmax(maps[arms[0]].std(axis=(1, 2, 3))))
+    slices = {arm: values[channel, values.shape[1] // 2] for arm, values in maps.items()}
+    return {arm: (v - v.mean()) / (v.std() + 1e-9) for arm, v in slices.items()}

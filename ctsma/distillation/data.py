@@ -1,0 +1,249 @@
+"""What networks learn from: arrays of all patches, rows and scales of a fold, input of a batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy import ndarray
+from numpy.random import Generator
+from scipy import ndimage, signal
+from torch import Tensor
+
+from ctsma.arms import ARMS, Arm
+from ctsma.common import BIOMARKERS, InputError
+from ctsma.models import N_CALIBRATED, apply_ridge, fit_ridge, ridge_features, to_ct_grid
+from ctsma.patches import CT_SPACING_MM, Patches, mean_cortical_hu
+from ctsma.registration.trabeculae import HIGHPASS_SD_MM
+
+from .settings import Settings
+
+HU_RANGE = (-300.0, 1500.0)  # nothing in a patch of bone and joint lies outside; design choice
+# Differences between scanners (calibration, dose, kernel) that augmentation draws; design choice
+GAIN_SD, SHIFT_HU, NOISE_HU, BLUR = 0.01, 5.0, 10.0, 0.3
+# Average HU of trabecular bone over that of cortex, which centres the channel; design choice
+TRABECULAR_SHARE = 0.25
+FLIPS = 1, 3  # of (n, slices, rows, columns); never rows: depth below the joint has a direction
+REACH_VOXELS = 3, 5, 5  # of the CT, about 2 mm each way, searched for a better match; design choice
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Arrays aligned with the rows of `table`; nothing here depends on the fold."""
+
+    table: pd.DataFrame
+    subjects: ndarray  # (n,) text
+    targets: ndarray  # (n, 4) MR reference biomarkers
+    ct: ndarray  # (n, 12, 24, 24) HU
+    mr: ndarray  # (n, 12, 48, 48) relative to bright marrow
+    voi: ndarray  # (n, 12, 48, 48) bool
+    region: ndarray  # (n, 12, 24, 24) share of `voi` in a CT voxel
+    cortical_hu: ndarray  # (n,) HU of the knee's own dense cortex, mean of both bones
+    features: ndarray  # (n, 45 + N_CALIBRATED) of `ridge_features`
+
+    def ridge_input(self, arm_input: str) -> ndarray:
+        """Columns of `features` that a ridge reads; those from cortical HU for ct+cortex alone."""
+        return self.features if arm_input == "ct+cortex" else self.features[:, :-N_CALIBRATED]
+
+
+class Scale(TypedDict):
+    """An arm's input, and what the fitting rows of a fold determine, as plain numbers."""
+
+    input: str  # "mr", "ct" or "ct+cortex"
+    ct: list[float]  # mean, SD
+    mr: list[float]  # mean, SD
+    low: list[float]  # least and largest of each target
+    high: list[float]
+    ridge: list | None  # weights (k + 1, 4) of the ridge that the network corrects
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Rows of one fold, divided by subject, and the scale of its fitting rows."""
+
+    number: int
+    fit: ndarray
+    validation: ndarray
+    test: ndarray
+    scale: Scale
+
+
+def prepare(patches: Patches) -> TrainingData:
+    """What every fold shares: MR relative to its bright marrow, region on the CT grid, features."""
+    ct, voi = patches.ct.astype(np.float32), patches.voi.astype(bool)
+    cortical_hu = mean_cortical_hu(patches.table)
+    return TrainingData(
+        table=patches.table,
+        subjects=patches.table["subject_id"].to_numpy(str),
+        targets=patches.table[list(BIOMARKERS)].to_numpy(float),
+        ct=ct,
+        mr=relative_mr(patches.mr.astype(np.float32), voi),
+        voi=voi,
+        region=to_ct_grid(voi),
+        cortical_hu=cortical_hu,
+        features=ridge_features(ct, voi, cortical_hu),
+    )
+
+
+def relative_mr(mr: ndarray, voi: ndarray) -> ndarray:
+    """MR (n, ...) over its 95th percentile in the region, bright marrow, as float16.
+
+    MR has no unit. Design choice.
+    """
+    marrow = [np.percentile(m[v] if v.any() else m, 95) for m, v in zip(mr, voi, strict=True)]
+    return (mr / np.maximum(marrow, 1e-6)[:, None, None, None]).astype(np.float16)
+
+
+def make_fold(
+    data: TrainingData, splits: pd.DataFrame, number: int, seed: int, settings: Settings, arm: Arm
+) -> Fold:
+    """Divide rows by subject into fit, validation and test, for one arm.
+
+    Raises InputError: too few subjects, or a biomarker all equal.
+    """
+    folds = splits.set_index("subject_id")["fold"].loc[np.unique(data.subjects)]
+    others = folds.index[folds != number].to_numpy(str)
+    training = np.random.default_rng([seed, number]).permutation(others)
+    n_validation = max(1, round(settings.validation_share * len(training)))
+    if not n_validation < len(training) < len(folds):
+        problem = "has too few subjects to train, validate and test"
+        raise InputError(f"fold {number}", problem, "use fewer folds")
+    fit = np.flatnonzero(np.isin(data.subjects, training[n_validation:]))
+    validation = np.flatnonzero(np.isin(data.subjects, training[:n_validation]))
+    test = np.flatnonzero(np.isin(data.subjects, folds.index[folds == number].to_numpy(str)))
+    return Fold(number, fit, validation, test, fit_normalisation(data, fit, arm))
+
+
+def fit_normalisation(data: TrainingData, fit: ndarray, arm: Arm) -> Scale:
+    """Scale of the fitting rows, with the ridge that the arm corrects fitted to them.
+
+    Raises InputError where a biomarker is all equal.
+    """
+    low, high = data.targets[fit].min(0), data.targets[fit].max(0)
+    flat = [name for name, width in zip(BIOMARKERS, high - low, strict=True) if not width > 0]
+    if flat:
+        problem = f"has no variance of {', '.join(flat)}"
+        raise InputError("training fold", problem, "use more knees or fewer folds")
+    ct, mr = data.ct[fit], data.mr[fit].astype(np.float32)
+    ridge = None
+    if arm.baseline:
+        features = data.ridge_input(ARMS[arm.baseline].input)[fit]
+        ridge = fit_ridge(features, data.targets[fit], data.subjects[fit]).tolist()
+    return Scale(
+        input=arm.input,
+        ct=[float(ct.mean(dtype=float)), float(ct.std(dtype=float))],
+        mr=[float(mr.mean(dtype=float)), float(mr.std(dtype=float))],
+        low=low.tolist(),
+        high=high.tolist(),
+        ridge=ridge,
+    )
+
+
+class Batch(NamedTuple):
+    """Input, target and ridge estimate of some rows, with the flips of their images."""
+
+    x: Tensor  # (B, channels, slices, rows, columns)
+    target: Tensor  # (B, 4), 0 to 1 over the range of the fitting rows
+    ridge: Tensor  # (B, 4) or (1, 4), on the scale of the target
+    flips: tuple[int, ...]
+
+
+def make_batch(
+    data: TrainingData, rows: ndarray, scale: Scale, settings: Settings, rng: Generator
+) -> Batch:
+    """One training batch; flips and, for a CT, another scanner are drawn from `rng`."""
+    flips = tuple(axis for axis in FLIPS if settings.augment and rng.random() < 0.5)
+    augmentation = rng if settings.augment else None
+    x = make_input(data, rows, scale, settings.device, flips, augmentation)
+    target = _to_unit_range(data.targets[rows], scale).to(settings.device)
+    return Batch(x, target, ridge_prediction(data, rows, scale, settings.device), flips)
+
+
+def make_input(
+    data: TrainingData,
+    rows: ndarray,
+    scale: Scale,
+    device: str,
+    flips: Sequence[int] = (),
+    rng: Generator | None = None,
+) -> Tensor:
+    """Network input: mr (B, 2, 12, 48, 48), ct (B, 2, 12, 24, 24) or ct+cortex (B, 3, 12, 24, 24).
+
+    The channels are image, trabecular region and, for ct+cortex, HU normalised to cortical HU. CT
+    and MR are flipped alike; with `rng` the CT is that of another scanner.
+    """
+    if scale["input"] == "mr":
+        mr = (_images(data.mr, rows, flips) - scale["mr"][0]) / scale["mr"][1]
+        channels = [mr, _images(data.voi, rows, flips)]
+    else:
+        hu = _images(data.ct, rows, flips)
+        if rng is not None:
+            hu = augment_ct(hu, rng)
+        hu = hu.clamp(*HU_RANGE)
+        channels = [(hu - scale["ct"][0]) / scale["ct"][1], _images(data.region, rows, flips)]
+        if scale["input"] == "ct+cortex":
+            cortical_hu = torch.from_numpy(data.cortical_hu[rows]).float().view(-1, 1, 1, 1)
+            channels.append(hu / (TRABECULAR_SHARE * cortical_hu) - 1)
+    # The memory layout is set once here and not in every convolution.
+    return torch.stack(channels, 1).to(device=device, memory_format=torch.channels_last_3d)
+
+
+def _images(images: ndarray, rows: ndarray, flips: Sequence[int]) -> Tensor:
+    return torch.from_numpy(images[rows]).float().flip(flips)
+
+
+def ridge_prediction(data: TrainingData, rows: ndarray, scale: Scale, device: str) -> Tensor:
+    """Estimate (B, 4) of the ridge that the network corrects, 0 to 1; zero (1, 4) without one."""
+    if scale["ridge"] is None:
+        return torch.zeros(1, len(BIOMARKERS), device=device)
+    weights, low, high = (np.array(scale[name]) for name in ("ridge", "low", "high"))
+    features = data.features[rows, : len(weights) - 1]  # columns from cortical HU stand last
+    return _to_unit_range(apply_ridge(weights, features, low, high), scale).to(device)
+
+
+def _to_unit_range(values: ndarray, scale: Scale) -> Tensor:
+    low, high = np.array(scale["low"]), np.array(scale["high"])
+    return torch.from_numpy(((values - low) / (high - low)).astype(np.float32))
+
+
+def augment_ct(hu: Tensor, rng: Generator) -> Tensor:
+    """Another scanner's CT of the same bone, one draw per patch (n, 12, 24, 24).
+
+    Gain, shift, in-plane blur by [1 2 1] / 4, and noise.
+    """
+    n = len(hu)
+    draws = [rng.normal(1, GAIN_SD, n), rng.normal(0, SHIFT_HU, n)]
+    draws += [rng.uniform(0, BLUR, n), rng.uniform(0, NOISE_HU, n)]
+    columns = torch.from_numpy(np.array(draws, dtype=np.float32))
+    gain, shift, blur, noise = columns.view(4, n, 1, 1, 1)
+    for axis in (2, 3):
+        hu = hu + blur * ((hu.roll(1, axis) + hu.roll(-1, axis) + 2 * hu) / 4 - hu)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    return hu * gain + shift + noise * torch.randn(hu.shape, generator=generator)
+
+
+def patch_correlation(ct: ndarray, mr: ndarray, voi: ndarray) -> ndarray:
+    """How well the trabeculae of pairs match in place: (n,), 1 aligned, 0 no match. Design choice.
+
+    ct (n, 12, 24, 24); mr, voi (n, 12, 48, 48). The match is minus the correlation of detail finer
+    than 1 mm, as bone is bright in CT and dark in MR; it is divided by the best match within 2 mm,
+    which a soft kernel or noise lowers alike.
+    """
+    found = np.zeros(len(ct))
+    pairs = zip(ct, to_ct_grid(mr), to_ct_grid(voi) >= 0.5, strict=True)
+    for row, (hu, grey, inside) in enumerate(pairs):
+        match = -signal.correlate(_detail(grey) * inside, _detail(hu) * inside, "same", "fft")
+        centre = tuple(n // 2 for n in match.shape)
+        near = tuple(slice(c - r, c + r + 1) for c, r in zip(centre, REACH_VOXELS, strict=True))
+        best = match[near].max()
+        if best > 0:
+            found[row] = np.clip(match[centre] / best, 0, 1)
+    return found
+
+
+def _detail(image: ndarray) -> ndarray:
+    """What is finer than 1 mm in an image on the CT grid."""
+    sd_voxels = np.divide(HIGHPASS_SD_MM, CT_SPACING_MM)
+    return image - ndimage.gaussian_filter(image.astype(float), sd_voxels)

@@ -1,0 +1,260 @@
+"""Estimators of biomarkers: teacher (MR) and student (CT) networks, and ridge on CT features.
+
+Arrays are (batch, channel, slices, rows, columns) on the patch grid: MR 12 x 48 x 48 and CT
+12 x 24 x 24 voxels of the same volume. The first two channels are the normalised image and the
+trabecular region (0 to 1). Teacher and student have feature maps on one grid, so that a loss can
+compare them.
+"""
+
+import numpy as np
+import torch
+from monai.networks.blocks import UnetResBlock
+from monai.networks.nets.resnet import ResNet
+from scipy.ndimage import uniform_filter
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV, GroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ctsma.common import BIOMARKERS, InputError
+
+INPUTS, SIZES = ("mr", "ct", "ct+cortex"), ("compact", "paper")
+# Channels of the three compact stages: twice as many learn no more from 64 knees; design choice
+WIDTHS = (16, 16, 32)
+# As in the early stages of slow_r50: slices 0.75 mm apart share little fine texture
+IN_PLANE = (1, 3, 3)
+# In plane, onto 12 x 12 x 12: no worse than 12 x 24 x 24 in half the time; design choice
+STRIDE = {"teacher": 4, "student": 2}
+PAPER_EDGE = {"teacher": 64, "student": 16}  # voxels; published code (60 and 15-16, resized)
+
+LAGS = {1: (1, 2), 2: (1, 2, 3, 4), 3: (1, 2, 3, 4)}  # voxels by axis, to 1.75 mm; design choice
+BOXES = (2, 3, 5)  # in-plane voxels of the band-pass filters; design choice
+LAYERS = 4  # of depth below the joint surface; design choice
+ALPHAS = np.logspace(-1, 4, 11)  # ridge strengths tried; design choice
+N_CALIBRATED = 3  # last columns of `ridge_features`, which need cortical HU
+
+
+class Network(nn.Module):
+    """Stem, stages, head: an image and its region in, four biomarkers and every stage's map out.
+
+    Parameters
+    ----------
+    stem : from the input to the grid on which teacher and student are compared.
+    stages : stage i of teacher and student gives maps of equal shape.
+    head : features (..., C) -> (..., 4).
+    edge : cubic grid in voxels to which image and region are resized first, as published; None
+        keeps the patch grid and all channels.
+    published : mean over the whole grid and a sigmoid at the end. Otherwise mean over the
+        trabecular region and no sigmoid, so that the prediction is the mean of the class
+        activation maps.
+    log_variance : pooled features (B, C) -> log variances of the predictions (B, 4), or None.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        stages: list[nn.Module],
+        head: nn.Module,
+        edge: int | None = None,
+        published: bool = False,
+        log_variance: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.stem, self.stages, self.head = stem, nn.ModuleList(stages), head
+        self.log_variance, self.edge, self.published = log_variance, edge, published
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Input (B, channels, slices, rows, columns) -> prediction (B, 4), maps of the stages.
+
+        Predictions lie on the min-max scale of the training targets, 0 to 1.
+        """
+        features = x
+        if self.edge:
+            features = functional.interpolate(x[:, :2], size=(self.edge,) * 3, mode="trilinear")
+        features, maps = self.stem(features), []
+        for stage in self.stages:
+            features = stage(features)
+            maps.append(features)
+        prediction = self.head(self.pool(features, x[:, 1:2])).float()
+        return (torch.sigmoid(prediction) if self.published else prediction), maps
+
+    def pool(self, last_map: Tensor, region: Tensor) -> Tensor:
+        """Last map (B, C, ...) and region (B, 1, ...) -> features (B, C)."""
+        return last_map.mean((2, 3, 4)) if self.published else masked_mean(last_map, region)
+
+    def class_activation_maps(self, last_map: Tensor) -> Tensor:
+        """What the head predicts at every place of the last map (B, C, ...): (B, 4, ...).
+
+        Class activation maps, Zhou 2016, arXiv 1512.04150.
+        """
+        return self.head(last_map.movedim(1, -1)).movedim(-1, 1).float()
+
+    def predicted_log_variance(self, last_map: Tensor, region: Tensor) -> Tensor:
+        """Log variances (B, 4) on the scale of the predictions, limited to -12 .. 2."""
+        return self.log_variance(self.pool(last_map, region)).float().clamp(-12, 2)
+
+
+def masked_mean(features: Tensor, mask: Tensor) -> Tensor:
+    """Mean of features (B, C, ...) weighted by mask (B, 1, ...) averaged onto their grid: (B, C).
+
+    An empty mask gives the plain mean, so that no patch yields NaN.
+    """
+    weight = functional.adaptive_avg_pool3d(mask, features.shape[2:]) + 1e-3
+    return (features * weight).sum((2, 3, 4)) / weight.sum((2, 3, 4))
+
+
+def build(
+    arm_input: str, size: str, generator: torch.Generator, widths: tuple[int, ...] = WIDTHS
+) -> Network:
+    """Make a network with weights drawn from `generator`: the same state gives the same bits.
+
+    Parameters
+    ----------
+    arm_input : "mr" makes a teacher for MR (B, 2, 12, 48, 48), "ct" a student for CT
+        (B, 2, 12, 24, 24); a compact student for "ct+cortex" takes a third channel, HU over that
+        of the knee's cortex.
+    size : "compact" (3 residual stages, about 0.07 M weights; design choice) or "paper" (published:
+        two residual blocks or two transposed convolutions, a 3D ResNet-50, 61 -> 4 -> sigmoid).
+    widths : channels of the compact stages.
+
+    Teacher and student of one size give maps of equal shape. Raises InputError for other values.
+    """
+    if arm_input not in INPUTS:
+        raise InputError("input", f"is {arm_input!r}", f"choose one of {', '.join(INPUTS)}")
+    if size not in SIZES:
+        raise InputError("size", f"is {size!r}", f"choose one of {', '.join(SIZES)}")
+    role = "teacher" if arm_input == "mr" else "student"
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if size == "paper":
+            return _paper(role)
+        return _compact(role, widths, channels=3 if arm_input == "ct+cortex" else 2)
+
+
+def _compact(role: str, widths: tuple[int, ...], channels: int) -> Network:
+    first, middle, last = widths
+    stride = STRIDE[role]
+    kernel, steps, padding = (1, 3 * stride, 3 * stride), (1, stride, stride), (0, stride, stride)
+    # Unlike group or instance normalisation, batch normalisation keeps a patch's absolute level,
+    # which carries BV/TV.
+    stem = nn.Sequential(
+        nn.Conv3d(channels, first, kernel, steps, padding, bias=False),
+        nn.BatchNorm3d(first),
+        nn.ReLU(),
+    )
+    stages = [
+        UnetResBlock(3, first, first, IN_PLANE, 1, "batch"),
+        UnetResBlock(3, first, middle, 3, 2, "batch"),
+        UnetResBlock(3, middle, last, 3, 1, "batch"),
+    ]
+    head = nn.Linear(last, len(BIOMARKERS))
+    return Network(stem, stages, head, log_variance=nn.Linear(last, len(BIOMARKERS)))
+
+
+def _paper(role: str) -> Network:
+    """Published layout; unlike slow_r50 with 3 x 3 x 3 kernels and stride along the slices too."""
+    blocks, channels = [3, 4, 6, 3], [64, 128, 256, 512]
+    resnet = ResNet("bottleneck", blocks, channels, 3, 64, (1, 7, 7), (1, 2, 2), feed_forward=False)
+    first = nn.Sequential(resnet.conv1, resnet.bn1, resnet.act, resnet.maxpool)
+    stages = [first, resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4]
+    head = nn.Sequential(nn.Linear(2048, 61), nn.Linear(61, len(BIOMARKERS)))
+    teacher_stem = nn.Sequential(
+        UnetResBlock(3, 2, 64, 3, 1, "batch"), UnetResBlock(3, 64, 64, 3, 1, "batch")
+    )
+    student_stem = nn.Sequential(
+        nn.ConvTranspose3d(2, 64, 2, 2), nn.ReLU(), nn.ConvTranspose3d(64, 64, 2, 2), nn.ReLU()
+    )
+    stem = teacher_stem if role == "teacher" else student_stem
+    return Network(stem, stages, head, edge=PAPER_EDGE[role], published=True)
+
+
+def to_ct_grid(fine: np.ndarray) -> np.ndarray:
+    """Mean of an MR patch or mask (n, 12, 48, 48) over each CT voxel: (n, 12, 24, 24) float32."""
+    return fine.reshape(len(fine), 12, 24, 2, 24, 2).mean((3, 5), dtype=np.float32)
+
+
+def ct_features(ct: np.ndarray, voi: np.ndarray) -> np.ndarray:
+    """Statistics (n, 45) of the trabecular region of CT patches.
+
+    ct (n, 12, 24, 24) HU, voi (n, 12, 48, 48) bool. Mean, SD, shape, percentiles, share covered;
+    autocorrelation and mean absolute difference along each axis and lag; energy in bands of
+    in-plane frequency; level and SD by depth.
+    """
+    hu, region = ct.astype(np.float64), to_ct_grid(voi) >= 0.5
+    region[~region.any((1, 2, 3))] = True  # an empty region: the whole patch rather than NaN
+    mean = _region_mean(hu, region)
+    centred = hu - mean[:, None, None, None]
+    sd = np.sqrt(_region_mean(centred**2, region)) + 1e-6
+    skewness, kurtosis = (_region_mean(centred**p, region) / sd**p for p in (3, 4))
+    columns = [mean, sd, np.log(sd), sd / (np.abs(mean) + 100), skewness, kurtosis]
+    levels = (2, 10, 25, 50, 75, 90, 98)
+    columns += list(
+        np.transpose([np.percentile(h[r], levels) for h, r in zip(hu, region, strict=True)])
+    )
+    columns.append(region.mean((1, 2, 3)))
+    for axis, lags in LAGS.items():
+        n = hu.shape[axis]
+        for lag in lags:
+            head, tail = np.arange(n - lag), np.arange(lag, n)
+            a, b = np.take(centred, head, axis), np.take(centred, tail, axis)
+            both = np.take(region, head, axis) & np.take(region, tail, axis)
+            columns += [_region_mean(a * b, both) / sd**2, _region_mean(np.abs(a - b), both)]
+    sharper = hu
+    for size in BOXES:
+        smoother = uniform_filter(hu, (0, 1, size, size), mode="nearest")
+        columns.append(np.log(_region_mean((sharper - smoother) ** 2, region) + 1e-6) / 2)
+        sharper = smoother
+    depths = zip(np.array_split(centred, LAYERS, 2), np.array_split(region, LAYERS, 2), strict=True)
+    for layer, inside in depths:
+        level, square = _region_mean(layer, inside), _region_mean(layer**2, inside)
+        columns += [level, np.sqrt(np.maximum(square - level**2, 0))]
+    return np.column_stack(columns)
+
+
+def _region_mean(values: np.ndarray, region: np.ndarray) -> np.ndarray:
+    return (values * region).sum((1, 2, 3)) / np.maximum(region.sum((1, 2, 3)), 1)
+
+
+def ridge_features(ct: np.ndarray, voi: np.ndarray, cortical_hu: np.ndarray) -> np.ndarray:
+    """`ct_features` and, last, `N_CALIBRATED` columns from the knee's cortical HU (n,): (n, 48).
+
+    These are cortical HU, its reciprocal, and the patch's mean HU over it.
+    """
+    features = ct_features(ct, voi)
+    calibrated = [cortical_hu, 1000 / cortical_hu, features[:, 0] / cortical_hu]
+    return np.column_stack([features, *calibrated])
+
+
+def fit_ridge(features: np.ndarray, targets: np.ndarray, subjects: np.ndarray) -> np.ndarray:
+    """Ridge per target, its strength by cross-validation over subjects.
+
+    features (n, k), targets (n, m), subjects (n,) of the training fold. Returns weights (k + 1, m),
+    the intercepts first.
+    """
+    groups = GroupKFold(min(5, len(np.unique(subjects))))
+    pipeline, grid = make_pipeline(StandardScaler(), Ridge()), {"ridge__alpha": ALPHAS}
+    search = GridSearchCV(pipeline, grid, cv=groups, scoring="neg_mean_squared_error")
+    scaler, columns = StandardScaler().fit(features), []
+    for target in targets.T:
+        ridge = search.fit(features, target, groups=subjects).best_estimator_["ridge"]
+        weights = ridge.coef_ / scaler.scale_
+        columns.append([ridge.intercept_ - weights @ scaler.mean_, *weights])
+    return np.transpose(columns)
+
+
+def apply_ridge(
+    weights: np.ndarray, features: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> np.ndarray:
+    """Estimates (n, m) by weights (k + 1, m) from features (n, k), kept within low, high (m,)."""
+    return (weights[0] + features @ weights[1:]).clip(low, high)
+
+
+def ridge_estimates(
+    features: np.ndarray, targets: np.ndarray, subjects: np.ndarray, unseen: np.ndarray
+) -> np.ndarray:
+    """Estimates (m, 4) of `fit_ridge` for unseen (m, k), kept within the range of the targets."""
+    weights = fit_ridge(features, targets, subjects)
+    return apply_ridge(weights, unseen, targets.min(0), targets.max(0))

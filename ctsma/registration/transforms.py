@@ -1,0 +1,67 @@
+"""Rigid transforms, and grey values at points; points and translations are in LPS mm."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import SimpleITK as sitk
+from scipy import ndimage
+
+Rigid = sitk.Euler3DTransform
+
+
+def rigid_transform(matrix: Sequence, centre: Sequence, translation: Sequence) -> Rigid:
+    """The transform p -> matrix (p - centre) + centre + translation.
+
+    Parameters
+    ----------
+    matrix : rotation, (3, 3) or flat. centre, translation : (x, y, z) in mm.
+    """
+    transform = sitk.Euler3DTransform()
+    transform.SetCenter([float(value) for value in centre])
+    transform.SetMatrix([float(value) for value in np.ravel(matrix)], 1e-6)
+    transform.SetTranslation([float(value) for value in translation])
+    return transform
+
+
+def rotation_matrix(vector_deg: Sequence) -> tuple:
+    """Flat matrix of a rotation vector (direction: axis, length: angle in degrees)."""
+    angle_deg = float(np.linalg.norm(vector_deg))
+    axis = (np.asarray(vector_deg) / angle_deg).tolist() if angle_deg else [0.0, 0.0, 1.0]
+    return sitk.VersorTransform(axis, np.deg2rad(angle_deg)).GetMatrix()
+
+
+def recentred(transform: Rigid, centre: Sequence) -> Rigid:
+    """The same motion, with its rotation written about another centre."""
+    image = transform.TransformPoint([float(value) for value in centre])
+    return rigid_transform(transform.GetMatrix(), centre, np.subtract(image, centre))
+
+
+def apply_rigid(transform: Rigid, points_lps: np.ndarray) -> np.ndarray:
+    """`transform_points` for a rigid transform, a hundred times faster: (n, 3) to (n, 3)."""
+    matrix = np.reshape(transform.GetMatrix(), (3, 3))
+    rotated = (points_lps - np.array(transform.GetCenter())) @ matrix.T
+    return rotated + transform.GetCenter() + transform.GetTranslation()
+
+
+def transform_points(transform: sitk.Transform, points_lps: np.ndarray) -> np.ndarray:
+    """Points (n, 3) mapped by any SimpleITK transform; returns (n, 3)."""
+    points = np.asarray(points_lps, float).tolist()
+    return np.array([transform.TransformPoint(point) for point in points]).reshape(-1, 3)
+
+
+def voxel_axes(image: sitk.Image) -> np.ndarray:
+    """(3, 3): columns are the steps in LPS mm to the next voxel along x, y, z of the image."""
+    return np.reshape(image.GetDirection(), (3, 3)) * np.array(image.GetSpacing())
+
+
+def image_centre(image: sitk.Image) -> np.ndarray:
+    """Centre of an image's box, (x, y, z)."""
+    index = [(size - 1) / 2 for size in image.GetSize()]
+    return np.array(image.TransformContinuousIndexToPhysicalPoint(index))
+
+
+def sample_points(image: sitk.Image, points_lps: np.ndarray) -> np.ndarray:
+    """Linear interpolation of an image at points (n, 3); returns (n,), NaN outside the image."""
+    offsets = (points_lps - np.array(image.GetOrigin())).T
+    index = np.linalg.solve(voxel_axes(image), offsets)[::-1]
+    return ndimage.map_coordinates(sitk.GetArrayViewFromImage(image), index, order=1, cval=np.nan)

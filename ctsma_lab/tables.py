@@ -1,0 +1,250 @@
+"""The results files of a run as sentences, Markdown tables and one figure."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from ctsma.arms import ARMS, COMPARISONS
+from ctsma.common import InputError
+from ctsma_lab.runner import profiles
+
+STAGES = ("cohort", "registration", "distillation", "agreement", "diagnosis")
+LABELS = {"bv_tv": "BV/TV", "tb_th_mm": "Tb.Th", "tb_sp_mm": "Tb.Sp", "tb_n_per_mm": "Tb.N"}
+MEASURES = LABELS | {"mean": "mean"}
+QUANTITIES = {
+    "hu_r2": "R2 of ridge on CT with ground truth",
+    "ct_threshold_bv_tv_ratio": "BV/TV above 250 HU over ground truth",
+    "mean": "mean of ground truth",
+    "correlation": "correlation with BV/TV, ground truth",
+    "mr_rescan_cv_pct": "MR scan and rescan, CV in %",
+    "mr_rescan_icc": "MR scan and rescan, ICC",
+    "auc_mr_reference": "AUC of the MR reference, SVM",
+    "auc_mean_hu": "AUC of mean HU, medial tibia",
+    "auc_mean_hu_of_compartments": "AUC of mean HU, four compartments",
+}
+
+
+def read_results(results: str | Path, stage: str) -> dict:
+    """The results file of a stage. Raises InputError where it does not exist."""
+    file = Path(results) / f"{stage}.json"
+    if not file.exists():
+        raise InputError(file, "does not exist", "run the study to its end first")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def origin(results: str | Path) -> str:
+    """One sentence: command, cohort, protocol, precision and the commit of every stage."""
+    cohort = read_results(results, "cohort")
+    settings = read_results(results, "distillation")["settings"]
+    stages_of: dict[str, list[str]] = {}
+    for stage in STAGES:
+        commit, changed, _ = read_results(results, stage)["git_commit"].partition("+changes")
+        stages_of.setdefault(commit[:12] + changed, []).append(stage)
+    if len(stages_of) == 1:
+        code = f"commit {next(iter(stages_of))}"
+    else:
+        code = "; ".join(f"{', '.join(s)}: commit {commit}" for commit, s in stages_of.items())
+    if cohort["simulated"]:
+        knees = f"simulated knees of protocol {cohort['protocol_sha256'][:12]}"
+        manifest = ""
+    else:
+        knees, manifest = "knees", f" --manifest {Path(cohort['manifest']).name}"
+    return (
+        f"Made by `ctsma run --profile {cohort['profile']} --seed {cohort['seed']}{manifest}` from "
+        f"{cohort['n_knees']} {knees}; networks in "
+        f"{settings.get('computed_in', 'unknown precision')}; {code}."
+    )
+
+
+def summary(results: str | Path) -> str:
+    """The result in three sentences, a Markdown list. A sentence is left out where its arms are."""
+    agreement, diagnosis = read_results(results, "agreement"), read_results(results, "diagnosis")
+    icc, auc = agreement["icc"], diagnosis["auc"]
+    kind = "simulated knees" if read_results(results, "cohort")["simulated"] else "knees"
+    sentences = []
+
+    published = agreement["difference"].get("ct_sma_vs_ct_only")
+    if published:
+        effect = effect_in_words("the mean ICC of the CT network", published)
+        level = interval(icc["ct_sma"]["mean"], "icc")
+        knees = f"{diagnosis['n_knees']} {kind}"
+        sentences.append(
+            f"On {knees} the published distillation loss {effect}; with it the ICC is {level}."
+        )
+
+    published = diagnosis["delong"].get("ct_sma_vs_ct_only")
+    if published:
+        effect = effect_in_words("the AUC for osteoarthritis", published)
+        sentences.append(
+            f"The loss {effect}: {interval(auc['ct_only'], 'auc')} without and "
+            f"{interval(auc['ct_sma'], 'auc')} with distillation. "
+            f"The paper reports {ARMS['ct_only'].published['auc']} and "
+            f"{ARMS['ct_sma'].published['auc']} on patients."
+        )
+
+    calibrated = agreement["difference"].get("hu_regression_calibrated_vs_hu_regression")
+    distilled = agreement["difference"].get("ct_sma_plus_vs_ct_residual")
+    if calibrated and distilled:
+        ridge = effect_in_words("the mean ICC of ridge regression", calibrated)
+        network = effect_in_words("that of the network that corrects this ridge", distilled)
+        level = interval(icc["ct_sma_plus"]["mean"], "icc")
+        sentences.append(
+            f"Internal calibration to the knee's own cortex {ridge}; "
+            f"distillation of class activation maps (CAM) {network}. This arm's ICC is {level}."
+        )
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def effect_in_words(quantity: str, difference: Mapping) -> str:
+    """Says whether a quantity is raised or lowered; neither where the 95 % interval includes 0."""
+    value, low, high = (difference[name] for name in ("difference", "ci_low", "ci_high"))
+    if value is None or low is None:
+        return f"has no defined effect on {quantity}"
+    if low > 0:
+        return f"raises {quantity} by {value:.3f} (95 % CI {low:.3f} to {high:.3f})"
+    if high < 0:
+        return f"lowers {quantity} by {-value:.3f} (95 % CI {-high:.3f} to {-low:.3f})"
+    shown = f"difference {value:.3f}, 95 % CI {low:.3f} to {high:.3f}"
+    return f"does not detectably change {quantity} ({shown})"
+
+
+def results_table(results: str | Path) -> str:
+    """Markdown table: mean ICC and AUC of every arm, 95 % intervals, the paper's values beside."""
+    icc = read_results(results, "agreement")["icc"]
+    auc = read_results(results, "diagnosis")["auc"]
+    rows = []
+    for name, arm in ARMS.items():
+        if name in icc or name in auc:
+            row = {
+                "arm": arm.label,
+                "mean ICC": interval(icc[name]["mean"], "icc") if name in icc else "",
+                "paper": arm.published.get("icc", {}).get("mean", ""),
+                "AUC for OA": interval(auc[name], "auc") if name in auc else "",
+                "paper ": arm.published.get("auc", ""),
+            }
+            rows.append(row)
+    return markdown_table(rows)
+
+
+def detailed_tables(results: str | Path) -> dict[str, str]:
+    """Markdown tables by title: ICC by biomarker, differences, registration error, difficulty."""
+    agreement = read_results(results, "agreement")
+    tables = {
+        "ICC with the MR reference, by biomarker": _icc_rows(agreement["icc"]),
+        "Differences in mean ICC": _difference_rows(agreement["difference"]),
+        "Differences in AUC (DeLong)": _difference_rows(
+            read_results(results, "diagnosis")["delong"]
+        ),
+        "Registration error (mm)": [
+            {
+                "bone": bone,
+                "median": error["median"],
+                "95th percentile": error["p95"],
+                "largest": error["max"],
+            }
+            for bone, error in read_results(results, "registration")["tre_mm"].items()
+        ],
+        "Difficulty of the simulated cohort": _difficulty_rows(read_results(results, "cohort")),
+    }
+    return {title: markdown_table(rows) for title, rows in tables.items() if rows}
+
+
+def _icc_rows(icc: Mapping) -> list[dict]:
+    rows = []
+    for name, arm in ARMS.items():
+        if name in icc:
+            found = {MEASURES[m]: interval(icc[name][m], "icc") for m in MEASURES}
+            rows.append({"arm": arm.label} | found)
+        if "icc" in arm.published:
+            paper = {MEASURES[m]: f"*{arm.published['icc'][m]}*" for m in MEASURES}
+            rows.append({"arm": f"*paper: {arm.label}*"} | paper)
+    return rows
+
+
+def _difference_rows(differences: Mapping) -> list[dict]:
+    rows = []
+    for arm, other in COMPARISONS:
+        found = differences.get(f"{arm}_vs_{other}")
+        if found:
+            shown = interval(found, "difference")
+            row = {"arm": ARMS[arm].label, "compared with": ARMS[other].label, "difference": shown}
+            rows.append(row)
+    return rows
+
+
+def _difficulty_rows(cohort: Mapping) -> list[dict]:
+    """Published range, this cohort, and the 300 knees on which the protocol was frozen."""
+    calibration = cohort.get("calibration", {})
+    rows = []
+    for name, found in calibration.get("figures", {}).items():
+        quantity, _, biomarker = name.partition(".")
+        in_range = "" if found["low"] is None else f"{found['low']:g} to {found['high']:g}"
+        row = {
+            "quantity": QUANTITIES[quantity],
+            "biomarker": LABELS.get(biomarker, ""),
+            "published": in_range,
+            "this cohort": interval(found, "value"),
+            "frozen protocol": interval(calibration["frozen"][name], "value"),
+            "source": found["source"],
+        }
+        rows.append(row)
+    return rows
+
+
+def profiles_table() -> str:
+    """Markdown table of the profiles, with estimates for two cores without GPU."""
+    rows = []
+    for name, profile in profiles().items():
+        hours = sum(profile["minutes"].values()) / 60
+        time = f"{60 * hours:.0f} min" if hours < 2 else f"{hours:.0f} h"
+        about = profile["about"]
+        rows.append(
+            {"profile": f"`{name}`", "what": about, "time": time, "disk, GB": profile["disk_gb"]}
+        )
+    return pd.DataFrame(rows).to_markdown(index=False)
+
+
+def markdown_table(rows: Sequence[Mapping]) -> str:
+    """Rows as a Markdown table; floats with three decimals."""
+    return pd.DataFrame(rows).to_markdown(index=False, floatfmt=".3f")
+
+
+def interval(found: Mapping, name: str) -> str:
+    """A value with its 95 % interval, as in "0.589 (0.507 to 0.658)"."""
+    if found[name] is None:
+        return "not defined"
+    if found["ci_low"] is None:
+        return f"{found[name]:.3f} (no interval)"
+    return f"{found[name]:.3f} ({found['ci_low']:.3f} to {found['ci_high']:.3f})"
+
+
+def draw_icc(results: str | Path, file: str | Path) -> None:
+    """Draw the ICC of every arm and biomarker with 95 % intervals to an image file.
+
+    Diamonds are values of the paper. The SVG of equal results has equal bytes.
+    """
+    icc = read_results(results, "agreement")["icc"]
+    arms = [arm for arm_id, arm in ARMS.items() if arm_id in icc]
+    with plt.rc_context({"svg.hashsalt": "ctsma", "font.size": 10}):
+        size = {"figsize": (10, 3.4), "layout": "constrained"}
+        figure, axes = plt.subplots(1, 5, sharex=True, sharey=True, **size)
+        for ax, (measure, label) in zip(axes, MEASURES.items(), strict=True):
+            for row, arm in enumerate(arms):
+                found = icc[arm.id][measure]
+                ax.plot([found["ci_low"], found["ci_high"]], [row, row], color=arm.colour)
+                ax.plot(found["icc"], row, "o", color=arm.colour, markersize=5)
+                if "icc" in arm.published:
+                    ax.plot(arm.published["icc"][measure], row, "D", mfc="none", color="black")
+            ax.set_title(label)
+            ax.set_yticks(range(len(arms)), [fill(arm.label, 28) for arm in arms])
+            ax.grid(axis="x", alpha=0.3)
+        axes[0].invert_yaxis()
+        figure.supxlabel(
+            "ICC(A,1) with the MR reference, 95 % CI (diamonds: paper, on patients)", fontsize=10
+        )
+        figure.savefig(file, metadata={"Date": None})
+        plt.close(figure)

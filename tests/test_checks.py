@@ -1,0 +1,137 @@
+"""Checks of whole knees: sides, two knees in one CT, wrong pairs; and patches of a CT alone."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+from dicom_export import write_series
+
+from ctsma import cli, cohort, patches
+from ctsma.common import COMPARTMENTS, InputError
+from ctsma.registration import bone_masks
+from ctsma.registration.sides import side_of, split_knees
+from dicom_import import import_dicom
+from dicom_import.checks import check_knees
+from kneesim import write_cohort
+
+FIELD_MM = (96.0, 70.0, 62.0)  # a small knee: both plateaus, the head of the fibula
+
+
+@pytest.fixture(scope="module")
+def knee(tmp_path_factory):
+    """Manifest (one row) of a simulated knee with CT and MR, small field of view."""
+    root = tmp_path_factory.mktemp("knee")
+    return cohort.read_manifest(write_cohort(root, "one", 1, 3, FIELD_MM))
+
+
+@pytest.fixture(scope="module")
+def ct(knee):
+    return cohort.read_knee_volume(knee.iloc[0], "ct", knee.attrs["root"])
+
+
+def mirrored(image):
+    """The other knee: left and right are exchanged."""
+    array = sitk.GetArrayFromImage(sitk.DICOMOrient(image, "LPS"))[:, :, ::-1]
+    flipped = sitk.GetImageFromArray(np.ascontiguousarray(array))
+    flipped.CopyInformation(sitk.DICOMOrient(image, "LPS"))
+    return flipped
+
+
+def beside(right, left, gap_mm):
+    """One CT of two knees: the right at -x, then fat, then the left."""
+    parts = [sitk.DICOMOrient(image, "LPS") for image in (right, left)]
+    arrays = [sitk.GetArrayFromImage(part) for part in parts]
+    width = round(gap_mm / parts[0].GetSpacing()[0])
+    strip = np.full((*arrays[0].shape[:2], width), -100.0, np.float32)
+    both = sitk.GetImageFromArray(np.concatenate([arrays[0], strip, arrays[1]], axis=2))
+    both.SetSpacing(parts[0].GetSpacing())
+    both.SetOrigin(parts[0].GetOrigin())
+    return both
+
+
+# ---------------------------------------------------------------- two knees, sides
+def test_two_knees_are_split_and_the_patients_right_is_at_minus_x(tmp_path, knee, ct):
+    is_right = knee["side"].iloc[0] == "R"
+    right, left = (ct, mirrored(ct)) if is_right else (mirrored(ct), ct)
+    export = sitk.Cast(sitk.BinShrink(beside(right, left, 30.0), [2, 2, 1]), sitk.sitkInt16)
+    tags = {"Laterality": None, "SeriesDescription": "both knees"}
+    write_series(tmp_path / "export", export, **tags)
+    done = import_dicom(tmp_path / "export", tmp_path / "cohort", salt_file=tmp_path / "salt")
+    assert list(done.table["status"]) == ["imported"], list(done.table["note"])
+    manifest = cohort.read_manifest(done.manifest)
+    assert list(manifest["side"]) == ["L", "R"]
+    assert manifest["subject_id"].nunique() == 1
+    findings = check_knees(manifest)
+    assert not findings["level"].eq("fatal").any(), list(findings["finding"])
+
+
+def test_the_fibula_of_a_real_right_knee_gives_its_side(real_data):
+    labels = sitk.ReadImage(str(real_data / "knee_labels.nrrd"))
+    array = sitk.GetArrayFromImage(labels)
+    hu = np.where(np.isin(array, (5, 6, 7, 8)), 700.0, -60.0).astype(np.float32)
+    bones = sitk.GetImageFromArray(hu)
+    masks = sitk.GetImageFromArray(((array == 5) + 2 * (array == 6)).astype(np.uint8))
+    for image in (bones, masks):
+        image.CopyInformation(labels)
+    assert side_of(bones, masks) == "R"
+    assert side_of(mirrored(bones), mirrored(masks)) == "L"
+
+
+def test_knees_that_touch_are_refused(ct):
+    near = sitk.DICOMOrient(ct, "LPS")[25:-25, :, :]  # without 11 mm of soft tissue at each side
+    with pytest.raises(InputError, match="too broad for one knee, and no gap"):
+        split_knees(beside(near, mirrored(near), 0.0))
+    assert list(split_knees(ct)) == [""]
+
+
+# ---------------------------------------------------------------- check_knees
+def test_a_good_pair_has_no_finding_and_its_side_is_found(knee, ct):
+    findings = check_knees(knee)
+    assert list(findings["level"]) == ["good", "good"], list(findings["finding"])
+    masks = bone_masks(ct)
+    assert side_of(ct, masks) == knee["side"].iloc[0]
+    assert side_of(ct, masks * 0) == ""  # without a tibia there is no side
+
+
+def test_a_wrong_side_and_an_mr_of_another_knee_are_fatal(knee, tmp_path):
+    shutil.copytree(knee.attrs["root"], tmp_path / "c")
+    mr = cohort.read_knee_volume(knee.iloc[0], "mr", knee.attrs["root"])
+    cohort.write_volume(mirrored(mr), tmp_path / "c" / "images" / "other.nii.gz")
+    other_side = {"L": "R", "R": "L"}[knee["side"].iloc[0]]
+    wrong = knee.assign(side=other_side, mr="images/other.nii.gz", mr_sha256="")
+    wrong.to_csv(tmp_path / "c" / "wrong.csv", index=False)
+    progress = []
+    manifest = cohort.read_manifest(tmp_path / "c" / "wrong.csv")
+    findings = check_knees(manifest, report=lambda line, done, total: progress.append(line))
+    fatal = set(findings.loc[findings["level"] == "fatal", "check"])
+    assert {"side", "pair"} <= fatal, list(findings["finding"])
+    n = int((findings["level"] != "good").sum())
+    assert progress == [f"check 1/1 {knee['knee_id'].iloc[0]}: {n} findings"]
+
+
+def test_check_data_writes_its_table_and_exits_with_1_when_fatal(knee, tmp_path, capsys):
+    path = knee.attrs["path"]
+    assert cli.main(["check-data", path, "--quick", "--out", str(tmp_path / "found.csv")]) == 0
+    assert list(pd.read_csv(tmp_path / "found.csv")["level"]) == ["good", "good"]
+    pd.read_csv(path).assign(ct_sha256="f" * 64).to_csv(tmp_path / "wrong.csv", index=False)
+    arguments = [str(tmp_path / "wrong.csv"), "--root", knee.attrs["root"], "--quick"]
+    assert cli.main(["check-data", *arguments]) == 1
+    assert "differs from ct_sha256" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- CT alone
+def test_a_knee_with_ct_alone_is_cut_where_a_paired_one_is(knee, tmp_path):
+    row = knee.iloc[0].to_dict() | {"mr": None}
+    options = {"root": knee.attrs["root"], "n_per_compartment": 2, "seed": 0}
+    (tmp_path / "ct_only").mkdir()
+    outcome = patches.extract_ct_patches(row, tmp_path / "ct_only", **options)
+    table = patches.collect_tables(tmp_path / "ct_only", [row["knee_id"]])
+    table.to_csv(tmp_path / "ct_only.csv", index=False)
+    found = patches.load_ct_only_patches(tmp_path)
+    assert len(found.table) == outcome["n_patches"] - outcome["n_flagged"] > 0
+    assert set(found.table["compartment"]) <= set(COMPARTMENTS)
+    assert np.isfinite(found.ct).all()
+    assert found.voi.mean(axis=(1, 2, 3)).min() >= patches.MIN_VOI
+    assert not found.mr.any()

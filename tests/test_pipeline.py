@@ -1,0 +1,258 @@
+"""The cache, the folder of a run, and the runner on two small notebooks."""
+
+import json
+import re
+
+import nbformat
+import pandas as pd
+import pytest
+
+from ctsma import cache, cli
+from ctsma.common import InputError
+from ctsma.files import atomic
+from ctsma.run import RESULTS, Run
+from ctsma_lab import runner
+from ctsma_lab.report import write_report
+
+COMMON = (
+    "run_dir: str = 'none'  # folder of the run\nprofile: str = 'quick'  # name\n"
+    "overwrite: bool = False  # write again\n"
+)
+CELLS = {
+    "01_first": [
+        COMMON
+        + "seed: int = 0  # seed\nscale: float = 1.0  # factor\nfolds: list = [1, 2]  # list",
+        "import json\nfrom ctsma.run import Run\nrun = Run(run_dir, profile, seed)",
+        "file = run.folder('results') / 'first.json'\nfile.write_text(json.dumps(seed * scale))",
+        "run.report('work 1/1 K1: 0.1 s', done=1, total=1)",
+        "with open(run.path.parent / 'calls.txt', 'a') as calls: calls.write('1')",
+    ],
+    "02_second": [
+        COMMON + "fail: bool = False  # stop here",
+        "import json, pathlib\nroot = pathlib.Path(run_dir)\nassert not fail, 'too small'",
+        "with open(root.parent / 'calls.txt', 'a') as calls: calls.write('2')",
+        "value = json.loads((root / 'results/first.json').read_text())",
+        "(root / 'results/second.json').write_text(json.dumps(value + 1))",
+    ],
+}
+
+
+@pytest.fixture
+def small_study(tmp_path, monkeypatch):
+    """A study of two notebooks in a folder of its own; returns the run's folder."""
+    notebooks = tmp_path / "notebooks"
+    notebooks.mkdir()
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    for name, cells in CELLS.items():
+        code = [nbformat.v4.new_code_cell(cell) for cell in cells]
+        code[0].metadata["tags"] = ["parameters"]
+        title = nbformat.v4.new_markdown_cell(f"# Page {name}")
+        page = nbformat.v4.new_notebook(cells=[title, *code], metadata=kernel)
+        nbformat.write(page, notebooks / f"{name}.ipynb")
+        nbformat.write(page, notebooks / f"{name}-Copy1.ipynb")  # copies must not break anything
+    profile = {"about": "", "minutes": {"01_first": 1, "02_second": 2}, "disk_gb": 1}
+    profile["parameters"] = {"scale": 2}
+    monkeypatch.setattr(runner, "NOTEBOOKS", notebooks)
+    monkeypatch.setattr(runner, "RESULTS", {"01_first": "first", "02_second": "second"})
+    monkeypatch.setattr(runner, "STAGES", ("01_first", "02_second"))
+    monkeypatch.setattr(runner, "FOLDERS", {"01_first": (), "02_second": ()})
+    monkeypatch.setattr(runner, "profiles", lambda: {"quick": profile})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs" / "quick"
+
+
+def calls(path):
+    return (path.parent / "calls.txt").read_text()
+
+
+def start(path, lines=None, begin=None, identity=None, **parameters):
+    lines = [] if lines is None else lines
+
+    def report(line, done=0, total=0):
+        lines.append(line)
+
+    runner.run(path, "quick", parameters, identity or {"cohort": "simulated"}, begin, report)
+
+
+def test_stages_run_in_order_and_unchanged_ones_are_skipped(small_study):
+    lines = []
+    start(small_study, lines, seed=3)
+    assert json.loads((small_study / "results" / "second.json").read_text()) == 3 * 2.0 + 1
+    assert "  work 1/1 K1: 0.1 s" in lines
+    start(small_study, seed=3)
+    assert calls(small_study) == "12"
+
+
+def test_a_changed_parameter_runs_its_stage_and_all_after_it(small_study):
+    start(small_study, seed=1)
+    start(small_study, seed=2)
+    assert calls(small_study) == "1212"
+    start(small_study, seed=2, begin="second")
+    assert calls(small_study) == "12122"
+
+
+def test_changed_code_and_damaged_results_run_again(small_study):
+    start(small_study)
+    (small_study / "results" / "second.json").write_text("{}")
+    start(small_study)
+    assert calls(small_study) == "122"
+    path = runner.NOTEBOOKS / "02_second.ipynb"
+    path.write_text(path.read_text().replace("value + 1", "value + 2"))
+    assert [row["state"] for row in runner.status(small_study)] == ["done", "changed since"]
+    start(small_study)
+    assert calls(small_study) == "1222"
+
+
+def test_a_rewritten_file_of_equal_content_is_not_a_change(small_study):
+    start(small_study)
+    file = small_study / "results" / "first.json"
+    file.write_text(file.read_text())
+    start(small_study)
+    assert calls(small_study) == "12"
+
+
+def test_a_failed_notebook_names_cell_error_and_partial_notebook(small_study, capsys):
+    code = cli.main(["run", "--set", "fail=true"])
+    message = capsys.readouterr().err
+    assert code == cli.FAILED
+    assert "02_second: cell [3] failed with AssertionError: too small" in message
+    partial = re.search(r"the notebook up to there: (\S+)", message)[1]
+    cells = nbformat.read(partial, as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    errors = [output.evalue for output in outputs if output.output_type == "error"]
+    assert "too small" in errors[0]
+    assert cli.main(["run", "--set", "fail=false"]) == 0
+    assert calls(small_study) == "12"  # the first stage had succeeded and is not repeated
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--profile", "fast"], "profile fast: is unknown; choose one of quick"),
+        (["--set", "scael=2"], "parameter scael: is declared by no notebook; did you mean scale"),
+        (["--set", "scale=much"], "parameter scale: is 'much', not of type float"),
+        (["--set", "fail=3"], "parameter fail: is 3, not of type bool"),
+        (["--set", "seed"], "has no value"),
+        (["--from", "third"], "stage third: is unknown"),
+        (["--name", "a/b"], "is not the name of one folder below runs/"),
+        (["--anatomy", "none.nrrd"], "none.nrrd: does not exist"),
+    ],
+)
+def test_unusable_arguments_are_refused_before_anything_runs(small_study, capsys, arguments, words):
+    page = runner.NOTEBOOKS / "01_first.ipynb"
+    page.write_text(
+        page.read_text().replace("folds: list", "anatomy: str = ''  # map\\nfolds: list")
+    )
+    assert cli.main(["run", *arguments]) == cli.BAD_INPUT
+    assert words in capsys.readouterr().err
+    assert not small_study.exists()
+
+
+def test_a_notebook_without_parameter_cell_is_refused(small_study):
+    path = runner.NOTEBOOKS / "02_second.ipynb"
+    path.write_text(path.read_text().replace('"parameters"', '"other"'))
+    with pytest.raises(InputError, match="no cell tagged parameters"):
+        start(small_study)
+
+
+def test_a_run_of_another_cohort_is_refused(small_study):
+    start(small_study)
+    with pytest.raises(InputError, match="another cohort .* choose another --name"):
+        start(small_study, identity={"cohort": "manifest other.csv"})
+
+
+def test_a_second_run_in_the_same_folder_is_refused(small_study):
+    with runner._locked(small_study), pytest.raises(InputError, match="in use by another run"):
+        start(small_study)
+    start(small_study)
+    assert calls(small_study) == "12"
+
+
+def test_dry_run_shows_the_plan_and_runs_nothing(small_study, capsys):
+    assert cli.main(["run", "--dry-run"]) == 0
+    assert "about 3 minutes on two cores, 1 GB" in capsys.readouterr().out
+    assert not small_study.exists()
+
+
+def test_report_needs_no_network_and_holds_every_page(small_study):
+    start(small_study)
+    index = write_report(small_study)
+    pages = sorted(page.name for page in index.parent.iterdir())
+    assert pages == ["01_first.html", "02_second.html", "index.html"]
+    for page in index.parent.iterdir():
+        assert not re.search(r"(src|href)=.?https?:", page.read_text())
+    assert "Page 01_first" in index.read_text()  # titles, not file names
+
+
+def test_status_of_no_run_is_refused(capsys):
+    assert cli.main(["status", "--name", "never-run"]) == cli.BAD_INPUT
+    assert "is not the folder of a run" in capsys.readouterr().err
+
+
+def test_a_record_is_read_back_until_key_or_file_changes(tmp_path):
+    (tmp_path / "data.txt").write_text("one")
+    written = cache.write_record(tmp_path / "record.json", "key", {"value": 1}, ["data.txt"])
+    assert cache.read_record(tmp_path / "record.json", "key") == written
+    assert cache.read_record(tmp_path / "record.json", "other") is None
+    (tmp_path / "data.txt").write_text("two")
+    assert cache.read_record(tmp_path / "record.json", "key") is None
+    (tmp_path / "record.json").write_text("{")
+    assert cache.read_record(tmp_path / "record.json", "key") is None
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    (tmp_path / "file.txt").write_text("old")
+    with pytest.raises(RuntimeError), atomic(tmp_path / "file.txt") as temporary:
+        temporary.write_text("new")
+        raise RuntimeError
+    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+    assert (tmp_path / "file.txt").read_text() == "old"
+
+
+def test_prose_does_not_change_the_hash_of_code_but_code_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "ROOT", tmp_path)
+    module = tmp_path / "ctsma" / "one.py"
+    module.parent.mkdir()
+
+    def hashed(text):
+        module.write_text(text)
+        cache.source_sha256.cache_clear()
+        return cache.source_sha256("ctsma.one")
+
+    first = hashed('"""Title."""\n\ndef f(x):\n    """Text."""\n    return x + 1\n')
+    assert hashed("# comment\ndef f(x):\n    return (x + 1)\n") == first
+    assert hashed("def f(x):\n    return x + 2\n") != first
+    cache.source_sha256.cache_clear()
+
+
+def finished_run(tmp_path, n_stages, **parameters):
+    run = Run(tmp_path / "run", "quick", 0, parameters)
+    (run.folder("cohort") / "k.csv").write_text("knee_id\n")
+    for name in list(RESULTS.values())[:n_stages]:
+        numbers = {"manifest": "cohort/k.csv"} if name == "cohort" else {}
+        run.write_results(name, numbers | {"value": 1}, protocol_sha256="0")
+    return run.path
+
+
+def test_a_notebook_names_the_notebooks_that_must_run_first(tmp_path):
+    path = finished_run(tmp_path, 1)
+    options = {"profile": "quick", "seed": 0, "overwrite": False}
+    with pytest.raises(InputError, match="run 02_registration_qa, 03_distillation_training first"):
+        Run.open(path, stage="04_icc_agreement", **options)
+    assert Run.open(path, stage="02_registration_qa", **options).writes
+
+
+def test_a_finished_run_is_written_again_only_when_asked(tmp_path, capsys):
+    path = finished_run(tmp_path, 2, n_folds=5)
+    options = {"profile": "quick", "seed": 0, "stage": "02_registration_qa"}
+    before = (path / "results" / "registration.json").read_text()
+    run = Run.open(path, overwrite=False, **options, n_folds=5)
+    run.write_results("registration", {"value": 2})
+    run.write_table("models/table.csv", pd.DataFrame({"a": [1]}))
+    assert (path / "results" / "registration.json").read_text() == before
+    assert not (path / "models").exists()
+    assert "not written again" in capsys.readouterr().out
+    with pytest.raises(InputError, match="finished run with n_folds = 5; set these values"):
+        Run.open(path, overwrite=False, **options, n_folds=4)
+    Run.open(path, overwrite=True, **options, n_folds=4).write_results("registration", {"value": 2})
+    assert json.loads((path / "results" / "registration.json").read_text())["value"] == 2
