@@ -40,7 +40,7 @@ from ctsma.diagnosis.statistics import checked_labels, hanley_mcneil_se
 from ctsma.diagnosis.transformer import fit_without_fold, pad_tokens
 from ctsma.distillation import MAIN_ARM
 from ctsma.files import git_commit, versions, write_json
-from ctsma.run import Run
+from ctsma_lab.run import Run
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "diagnosis_checks.json"
 DELETED = ("score_without_attended", "score_without_random")

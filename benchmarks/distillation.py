@@ -49,15 +49,14 @@ from ctsma.distillation import (
     TrainingData,
     fit_normalisation,
     load_model,
-    patch_correlation,
     predict,
     predict_with_sd,
     prepare,
-    read_records,
     train,
 )
 from ctsma.files import git_commit, write_json, write_text
 from ctsma.models import N_CALIBRATED, Network, build, ridge_estimates, ridge_features
+from ctsma_lab.training_views import patch_correlation, read_records
 from kneesim import draw_subjects, load_protocol, protocol_sha256
 from kneesim import knees as simulator
 from kneesim.subject import make_subject
@@ -455,9 +454,21 @@ def difference(data: TrainingData, rows: np.ndarray, a: np.ndarray, b: np.ndarra
     for suffix, estimate in (("", a), ("_other", b)):
         iccs = [agreement.icc(reference[:, j], estimate[:, j])["icc"] for j in range(4)]
         found[f"icc{suffix}"] = np.mean(iccs)
-        details = agreement.correlation_and_error(reference, estimate)
+        details = correlation_and_error(reference, estimate)
         found |= {f"{key}{suffix}": value for key, value in details.items()}
     return found | {"n_knees": len(set(subjects))}
+
+
+def correlation_and_error(reference: np.ndarray, estimate: np.ndarray) -> dict[str, float]:
+    """correlation, sd_ratio (SD of the estimate over the reference's) and relative_error.
+
+    Values (n, biomarkers); each number is the mean over biomarkers.
+    """
+    pairs = list(zip(reference.T, estimate.T, strict=True))
+    found = {"correlation": [np.corrcoef(x, y)[0, 1] for x, y in pairs]}
+    found["sd_ratio"] = [y.std() / x.std() for x, y in pairs]
+    found["relative_error"] = [np.mean((y - x) ** 2) / x.var() for x, y in pairs]
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def drawn_ct(knee_ids: np.ndarray) -> pd.DataFrame:

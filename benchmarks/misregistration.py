@@ -34,7 +34,7 @@ from ctsma.models import ct_features, ridge_estimates
 from ctsma.registration import isotropic, read_transforms
 from ctsma.registration.trabeculae import highpass, trabecular_correlation
 from ctsma.registration.transforms import apply_rigid, sample_points
-from ctsma.run import Run
+from ctsma_lab.run import Run
 from kneesim import QUICK_FIELD_MM, Truth, draw_subjects, load_protocol, protocol_sha256, read_truth
 from kneesim import knees as simulator
 from kneesim.painting import Grid

@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 
 from ctsma.files import git_commit, sha256_file, write_json
-from ctsma.run import RESULTS
+from ctsma_lab.run import RESULTS
 from ctsma_lab.runner import status
 from kneesim import protocol_sha256
 

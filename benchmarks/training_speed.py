@@ -27,7 +27,7 @@ from ctsma.distillation.training import autocast
 from ctsma.files import write_json
 from ctsma.models import build
 from ctsma.patches import load_patches
-from ctsma.run import Run
+from ctsma_lab.run import Run
 
 BATCH, REPEATS = 32, 5
 OUT = Path(__file__).parents[1] / "docs" / "results" / "training_speed.json"

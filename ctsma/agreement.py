@@ -26,8 +26,6 @@ knee_id, subject_id, patch_id, the estimated BIOMARKERS and `<biomarker>_referen
 reference may stand beside it (`<biomarker>_true`).
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 import pingouin
@@ -184,45 +182,6 @@ def correlation_table(predictions, rng, n_resamples=2000) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def correlation_and_error(reference: ndarray, estimate: ndarray) -> dict[str, float]:
-    """correlation, sd_ratio (SD of the estimate over the reference's) and relative_error.
-
-    Values (n, biomarkers); each number is the mean over biomarkers. Errors as `icc`.
-    """
-    moments = _resampled_moments(*_varying_pairs(reference, estimate))
-    _, _, _, var_x, var_y, _ = moments
-    found = {"correlation": _correlation(moments), "sd_ratio": np.sqrt(var_y / var_x)}
-    found["relative_error"] = _relative_error(moments)
-    return {name: float(values.mean()) for name, values in found.items()}
-
-
-def nested(table: pd.DataFrame, columns: str | Sequence[str]) -> dict[str, dict]:
-    """A table by arm and biomarker as {arm: {biomarker: ...}} for a results file.
-
-    `columns` is one column, whose value is given, or several, given as a mapping.
-    """
-    found = {}
-    for row in table.to_dict("records"):
-        value = row[columns] if isinstance(columns, str) else {name: row[name] for name in columns}
-        found.setdefault(row["arm"], {})[row["biomarker"]] = value
-    return found
-
-
-def cohort_matches(predictions, others, least_icc=0.99) -> bool:
-    """Whether `others` (one row per patch) are estimates of the same patches as `predictions`.
-
-    Both hold the same patches, and the ICC of their `<biomarker>_reference` exceeds `least_icc` for
-    each biomarker. The rounding of another machine leaves it above 0.99 (design choice); the second
-    MR of the same knees does not.
-    """
-    here = predictions.drop_duplicates(_PATCH)
-    both = here.merge(others, on=_PATCH, suffixes=("", "_there"))
-    if not len(both) == len(here) == len(others):
-        return False
-    names = [f"{biomarker}_reference" for biomarker in BIOMARKERS]
-    return all(icc(both[name], both[f"{name}_there"])["icc"] > least_icc for name in names)
-
-
 def bland_altman(
     reference, estimate, subjects=None, rng=None, n_resamples=2000
 ) -> dict[str, float]:
@@ -277,6 +236,9 @@ def cross_conformal(reference, estimate, folds, sd=None, level=0.90) -> pd.DataF
     x, y = _pairs(reference, estimate)
     folds = np.asarray(folds)
     scale = np.ones_like(x) if sd is None else np.asarray(sd, dtype=float)
+    if folds.shape != x.shape or pd.isna(folds).any() or not np.all(scale > 0):
+        problem = "hold NaN, an SD that is not positive, or another number of values"
+        raise InputError("folds, sd", problem, "give one fold and one positive SD per estimate")
     scores, half = np.abs(x - y) / scale, np.empty_like(x)
     for fold in np.unique(folds):
         half[folds == fold] = conformal_radius(scores[folds != fold], level)
@@ -309,6 +271,20 @@ def _varying_pairs(reference: ndarray, estimate: ndarray) -> tuple[ndarray, ndar
     return x, y
 
 
+def subject_codes(subjects, n_values: int) -> ndarray:
+    """Number of the subject of each value, from 0 (n,).
+
+    Raises InputError where a subject is missing (NaN, None) or there are fewer than 2.
+    """
+    codes, names = pd.factorize(pd.Series(subjects))
+    if len(codes) != n_values or (codes < 0).any():
+        problem = f"name the owner of {(codes >= 0).sum()} of {n_values} values"
+        raise InputError("subjects", problem, "name one subject for each, without NaN")
+    if len(names) < 2:
+        raise InputError("subjects", f"are {len(names)}", "give at least 2 to resample")
+    return codes
+
+
 def _resampled_moments(x: ndarray, y: ndarray, subjects=None, rng=None, n_resamples=2000) -> tuple:
     """n, mean x, mean y, var x, var y, cov (ddof = 1), each (columns, 1 + resamples of subjects).
 
@@ -317,12 +293,10 @@ def _resampled_moments(x: ndarray, y: ndarray, subjects=None, rng=None, n_resamp
     """
     x, y = x.reshape(len(x), -1), y.reshape(len(y), -1)
     x, y = x - x.mean(axis=0), y - x.mean(axis=0)
-    codes, names = pd.factorize(np.zeros(len(x)) if subjects is None else np.asarray(subjects))
-    n_subjects = len(names)
+    codes = np.zeros(len(x), int) if subjects is None else subject_codes(subjects, len(x))
+    n_subjects = codes.max() + 1
     weights = np.ones((1, n_subjects))
     if subjects is not None:
-        if n_subjects < 2:
-            raise InputError("subjects", f"are {n_subjects}", "give at least 2 to resample")
         draws = rng.multinomial(n_subjects, np.full(n_subjects, 1 / n_subjects), n_resamples)
         weights = np.vstack([weights, draws])
     sums = np.zeros((n_subjects, 6, x.shape[1]))
@@ -359,5 +333,6 @@ def _interval(draws: ndarray, prefix: str = "") -> dict[str, float]:
 
 
 def _bootstrap_p(draws: ndarray) -> float:
+    draws = draws[~np.isnan(draws)]  # resamples without variance
     tail = min(np.sum(draws[1:] <= 0), np.sum(draws[1:] >= 0))
     return float(min(1.0, 2 * (tail + 1) / len(draws)))

@@ -20,7 +20,7 @@ import pandas as pd
 import SimpleITK as sitk
 import yaml
 
-from ctsma.common import IMAGES, InputError
+from ctsma.common import VOLUMES, InputError
 from ctsma.files import ROOT, plain, sha256_file, write_json
 
 SOURCES = ("ctsma", "kneesim", "dicom_import", "ctsma_predict")  # packages whose code is followed
@@ -81,7 +81,7 @@ def _code_of(source: Path) -> list[str]:
         if holds_docstring and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     data = sorted(source.parent.glob("*.yaml")) if source.name == "__init__.py" else []
-    read = [yaml.safe_load(file.read_text()) for file in data if file.name not in NOT_FOLLOWED]
+    read = [yaml.safe_load(file.read_bytes()) for file in data if file.name not in NOT_FOLLOWED]
     return [ast.unparse(tree), json.dumps(read, sort_keys=True, default=str)]
 
 
@@ -105,7 +105,7 @@ def write_record(
     The record is written last: where there is none, the result is not there. Returns the record.
     """
     path = Path(path)
-    fingerprints = {str(name): _fingerprint(path.parent / name) for name in files}
+    fingerprints = {Path(name).as_posix(): _fingerprint(path.parent / name) for name in files}
     record = {**content, "key": key, "files": fingerprints}
     write_json(path, record)
     return record
@@ -166,8 +166,7 @@ def map_knees(
     n_reused, started = len(done), time.perf_counter()
     with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
         tasks = [
-            joblib.delayed(_compute)(function, row, folder, parameters, keys[row["knee_id"]])
-            for row in waiting
+            joblib.delayed(_compute)(function, row, folder, parameters, keys) for row in waiting
         ]
         for record in joblib.Parallel(return_as="generator_unordered")(tasks):
             done[record["knee_id"]] = record
@@ -190,16 +189,6 @@ def time_left(seconds: float) -> str:
     )
 
 
-def recorded_seconds(folder: str | Path) -> pd.Series:
-    """Seconds by knee_id of the records in a `map_knees` folder; empty without records."""
-    found = {}
-    for file in sorted(Path(folder).glob("*.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if "seconds" in record:
-            found[record["knee_id"]] = record["seconds"]
-    return pd.Series(found, dtype=float)
-
-
 def _knee_key(function: Callable, row: dict, parameters: dict, after: Iterable) -> str:
     module = function.__module__
     followed = module.partition(".")[0] in SOURCES
@@ -207,14 +196,14 @@ def _knee_key(function: Callable, row: dict, parameters: dict, after: Iterable) 
     inputs = []
     for earlier in after:
         record = Path(earlier) / f"{row['knee_id']}.json"
-        inputs.append(json.loads(record.read_text())["key"] if record.exists() else None)
+        inputs.append(json.loads(record.read_text("utf-8"))["key"] if record.exists() else None)
     # A checksum in the manifest, which is part of the row, stands for the content of its image.
-    unchecked = [column for column in IMAGES if not row.get(f"{column}_sha256")]
+    unchecked = [column for column in VOLUMES if not row.get(f"{column}_sha256")]
     images = image_fingerprints(row, parameters.get("root", "."), unchecked)
     return content_hash(code, function.__qualname__, row, parameters, inputs, images)
 
 
-def image_fingerprints(knee: dict, root: str | Path, columns: Iterable[str] = IMAGES) -> list:
+def image_fingerprints(knee: dict, root: str | Path, columns: Iterable[str] = VOLUMES) -> list:
     """Name, size and time of a knee's image files: one that was replaced is another input."""
     found = []
     for column in columns:
@@ -224,15 +213,18 @@ def image_fingerprints(knee: dict, root: str | Path, columns: Iterable[str] = IM
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in found]
 
 
-def _compute(function: Callable, row: dict, folder: Path, parameters: dict, key: str) -> dict:
+def _compute(function: Callable, row: dict, folder: Path, parameters: dict, keys: dict) -> dict:
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     started, knee_id = time.perf_counter(), row["knee_id"]
     outcome = {"knee_id": knee_id, "error": ""} | _attempt(function, row, folder, parameters)
     outcome["seconds"] = time.perf_counter() - started
     record = folder / f"{knee_id}.json"
+    # A file belongs to the knee with the longest name that it begins with: a_b_1.csv to a_b, not a.
+    longer = [other for other in keys if other.startswith((f"{knee_id}_", f"{knee_id}."))]
+    others = tuple(other + mark for other in longer for mark in "_.")
     written = {*folder.glob(f"{knee_id}_*"), *folder.glob(f"{knee_id}.*")} - {record}
-    files = outcome.pop("files", None) or [file.name for file in sorted(written)]
-    return write_record(record, key, outcome, files)
+    own = [file.name for file in sorted(written) if not file.name.startswith(others)]
+    return write_record(record, keys[knee_id], outcome, outcome.pop("files", None) or own)
 
 
 def _attempt(function: Callable, row: dict, folder: Path, parameters: dict) -> dict:

@@ -9,8 +9,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-
-from tqdm import tqdm
+from concurrent.futures.process import BrokenProcessPool
 
 from ctsma import __version__
 from ctsma.common import InputError
@@ -31,9 +30,11 @@ COMMANDS = {  # name: (module, help)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A problem of the input never shows a traceback."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = build_parser(argv).parse_args(argv)
     try:
-        with Progress() as progress:
+        arguments = build_parser(argv).parse_args(argv)
+        terminal = importlib.import_module("ctsma_lab.terminal")
+        terminal.check_arguments(arguments)
+        with terminal.Progress() as progress:
             return arguments.command(arguments, progress)
     except InputError as error:
         print(error, file=sys.stderr)
@@ -41,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder without permission
         place, reason = error.filename or "disk", error.strerror or error
         print(f"{place}: {reason}; correct this and give the command again.", file=sys.stderr)
+        return FAILED
+    except (MemoryError, BrokenProcessPool):
+        remedy = "free memory or give --jobs 1, and give the command again."
+        print(f"ctsma: a process was killed or ran out of memory; {remedy}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("stopped; the same command continues where it stopped", file=sys.stderr)
@@ -60,30 +65,6 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             command.add_arguments(subparser)
             subparser.set_defaults(command=command.run)
     return parser
-
-
-class Progress:
-    """Shows lines of progress: a bar for counted ones on a terminal, else plain lines."""
-
-    def __enter__(self):
-        self.bar = None
-        return self
-
-    def __exit__(self, *error):
-        if self.bar is not None:
-            self.bar.close()
-
-    def __call__(self, line: str, done: int = 0, total: int = 0) -> None:
-        if not sys.stderr.isatty():
-            print(line, flush=True)
-            return
-        if self.bar is None:
-            self.bar = tqdm(total=1, bar_format="{bar:30} {desc}", leave=False)
-        if total:
-            self.bar.total, self.bar.n = total, done
-            self.bar.set_description_str(line.strip())
-        else:
-            self.bar.write(line)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ LABELS = {  # of tables and figures
     "mean": "mean of the four biomarkers",
 }
 IMAGES = ("ct", "mr", "mr_rescan")  # columns of the manifest that name an image
+VOLUMES = (*IMAGES, "ct_labels")  # and its own bone labels
 BONES = {"femur": 1, "tibia": 2}
 COMPARTMENTS = ("femur_medial", "femur_lateral", "tibia_medial", "tibia_lateral")
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[1]  # the folder that holds the packages
+_INSTALLED = Path(__file__).with_name("share")  # only in a wheel, see pyproject.toml
+SHARE = _INSTALLED if _INSTALLED.is_dir() else ROOT  # notebooks/, models/, docs/, data_manifest/
 PACKAGES = ("numpy", "scipy", "pandas", "SimpleITK", "nibabel", "torch", "monai", "numba")
 PACKAGES += ("pingouin", "statsmodels", "scikit-learn", "papermill")
 
@@ -63,9 +65,12 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Commit of the source tree, with "+changes" where it is edited; "unknown" outside git."""
+    """Commit of the source tree, with "+changes" where it is edited; "unknown" outside git.
+
+    A repository that only surrounds the tree, as around an installed package, does not count.
+    """
     options = ["--always", "--dirty=+changes", "--abbrev=40", "--exclude=*"]
-    command = ["git", "-C", str(ROOT), "describe", *options]
+    command = ["git", "-C", str(ROOT), "--git-dir=.git", "describe", *options]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -20,7 +20,8 @@ from ctsma.biomarkers import ct_threshold_biomarkers, mr_biomarkers
 from ctsma.cohort import read_knee_volume
 from ctsma.common import BIOMARKERS, BONES, COMPARTMENTS, InputError
 from ctsma.files import atomic, write_text
-from ctsma.registration import bone_masks, read_transforms
+from ctsma.registration import knee_masks, read_transforms
+from ctsma.registration.masks import OWN_LABELS
 
 MR_SHAPE, MR_SPACING_MM = (12, 48, 48), (0.75, 0.21875, 0.21875)
 CT_SHAPE, CT_SPACING_MM = (12, 24, 24), (0.75, 0.4375, 0.4375)
@@ -30,6 +31,11 @@ GAP_MM = (1.0, 15.0)  # between facing bones: two cartilages and menisci; design
 MIDLINE_MM = 7.0  # half width of notch and spines, which carry no plateau; design choice
 RIM_MM = 4.0  # from a patch centre to the rim of the bearing surface; design choice
 APART_MM = 4.0  # least distance between patch centres of a compartment; design choice
+# The notch: least share of each bearing area, and its depth over theirs. Complete knees have 0.45
+# and at most 0.4, knees cut at the middle 0.1; design choice
+MIN_AREA, MAX_NOTCH = 0.25, 0.7
+NOTCH_SD_MM = 2.0  # smoothing of the depth along x; design choice
+PLATEAU_MM = 60.0  # least width of a complete tibia; design choice
 # Subchondral plate: 0.58 to 0.72 mm thick in OA (Rapagna 2021), plus the blur of the images
 PLATE_MM = 1.5
 
@@ -88,12 +94,13 @@ def extract_ct_patches(
 ) -> dict:
     """Cut the patches of a knee that has a CT and no usable MR (for `map_knees`).
 
-    Files and result as of `extract_patches`, without MR and biomarkers. The bones are found in the
-    CT alone, so the patches lie where they would lie with an MR. Raises InputError where the CT
-    does not show the joint.
+    Files and result as of `extract_patches`, without MR and biomarkers. The bones are found as for
+    a pair (`knee_masks`), so the patches lie where they would lie with an MR. Raises InputError
+    where the CT does not show the joint.
     """
     ct = read_knee_volume(knee, "ct", root)
-    return cut_and_measure(knee, folder, ct, bone_masks(ct), {}, n_per_compartment, seed, "")
+    masks = knee_masks(knee, ct, root)
+    return cut_and_measure(knee, folder, ct, masks, {}, n_per_compartment, seed, "")
 
 
 def cut_and_measure(
@@ -132,10 +139,9 @@ def cut_and_measure(
         arrays[f"{prefix}mr"] = mr_patches.astype(np.float16)
         table = table.assign(**measure_reference(mr_patches, voi, definition, prefix))
     if not scans:
-        flag = np.full(len(table), "", dtype=object)
-        flag[np.isnan(ct_patches).any(axis=(1, 2, 3))] = OUTSIDE_CT
-        flag[voi.mean(axis=(1, 2, 3)) < MIN_VOI] = LACKING
-        table["flag"] = flag
+        table["flag"] = np.where(voi.mean(axis=(1, 2, 3)) < MIN_VOI, LACKING, "")
+    outside_ct = np.isnan(ct_patches).any(axis=(1, 2, 3)) & (table["flag"] == "")
+    table["flag"] = table["flag"].mask(outside_ct, OUTSIDE_CT)
     table = table.assign(**threshold_baseline(ct_patches, voi), **cortical_hu(ct, masks))
 
     stem = Path(folder) / knee["knee_id"]
@@ -159,10 +165,9 @@ def patch_centres(
     -------
     DataFrame: compartment; x, y, z of the centre (LPS mm); u, v, w: mm to medial, back and head
     from the middle of the bearing surface. Fewer rows where a compartment holds fewer patches.
-    Raises InputError where the bones do not face each other.
+    Raises InputError as `bearing_surface`.
     """
-    masks = sitk.DICOMOrient(masks, "LPS")
-    surface = _facing_surface(masks, side)
+    surface = bearing_surface(masks, side)
     drawn = []
     for compartment in COMPARTMENTS:
         bone, place = compartment.split("_")
@@ -174,8 +179,16 @@ def patch_centres(
     return centres[["compartment", "x", "y", "z", "u", "v", "w"]]
 
 
-def _facing_surface(masks: sitk.Image, side: str) -> pd.DataFrame:
-    """Columns where the bones face each other: x, y, z of both surfaces, u, v (mm), place."""
+def bearing_surface(masks: sitk.Image, side: str) -> pd.DataFrame:
+    """Columns where femur and tibia face each other, without a rim of 4 mm.
+
+    Returns
+    -------
+    DataFrame: x, y, and z of both surfaces (femur, tibia), LPS mm; u, v as of `patch_centres`;
+    place: "medial", "lateral", or "" between them. Raises InputError where the bones do not face
+    each other, or where a bone that is cut shows no notch between two bearing areas.
+    """
+    masks = sitk.DICOMOrient(masks, "LPS")
     labels = sitk.GetArrayViewFromImage(masks)
     dx, dy, dz = masks.GetSpacing()
     femur, tibia = labels == BONES["femur"], labels == BONES["tibia"]
@@ -188,16 +201,52 @@ def _facing_surface(masks: sitk.Image, side: str) -> pd.DataFrame:
     inner = ndimage.distance_transform_edt(facing, sampling=(dy, dx)) > RIM_MM
     rows, columns = np.nonzero(inner)
     if not len(rows):
-        problem = "show no femur facing a tibia"
-        raise InputError("bone masks", problem, "give a CT that holds the joint line")
-    x0, y0, z0 = masks.GetOrigin()
-    x, y = x0 + columns * dx, y0 + rows * dy
-    medial = 1 if side == "R" else -1
-    u = (x - (x.min() + x.max()) / 2) * medial
+        problem = f"show no femur facing a tibia across {GAP_MM[0]:g} to {GAP_MM[1]:g} mm"
+        remedy = f"give a CT that holds the joint line, {OWN_LABELS}"
+        raise InputError("bone masks", problem, remedy)
+    axes = np.reshape(masks.GetDirection(), (3, 3)) * masks.GetSpacing()
+    index = [np.column_stack([columns, rows, k[rows, columns]]) for k in (femur_low, tibia_high)]
+    above, below = index @ axes.T + masks.GetOrigin()
+    x, y, _ = ((above + below) / 2).T  # of above and below where the image's axes are LPS
+    middle = _notch_mm(x)
+    if middle is None:  # one bearing area, or no notch: the tibia tells which, if it is whole
+        middle = _tibia_middle_mm(masks)
+    u = (x - middle) * (1 if side == "R" else -1)
     place = np.where(u > MIDLINE_MM, "medial", np.where(u < -MIDLINE_MM, "lateral", ""))
-    femur_z, tibia_z = (z0 + k[rows, columns] * dz for k in (femur_low, tibia_high))
-    surface = {"x": x, "y": y, "femur": femur_z, "tibia": tibia_z}
+    surface = {"x": x, "y": y, "femur": above[:, 2], "tibia": below[:, 2]}
     return pd.DataFrame({**surface, "u": u, "v": y - y.mean(), "place": place})
+
+
+def _notch_mm(x: ndarray) -> float | None:
+    """Where the notch separates two bearing areas, from the x of all columns; None without it.
+
+    This is the middle of the bearing surface, unless a cut area moves it off the notch.
+    """
+    middle = (x.min() + x.max()) / 2
+    depth = np.bincount((x - x.min()).astype(int))  # columns per mm
+    smooth = ndimage.gaussian_filter1d(depth.astype(float), NOTCH_SD_MM, mode="constant")
+    left, right = np.maximum.accumulate(smooth), np.maximum.accumulate(smooth[::-1])[::-1]
+    lower = np.minimum(left, right)
+    notch = int(np.flatnonzero(lower - smooth >= 0.9 * (lower - smooth).max()).mean())
+    share = depth[:notch].sum() / depth.sum()
+    if smooth[notch] > MAX_NOTCH * lower[notch] or not MIN_AREA < share < 1 - MIN_AREA:
+        return None
+    notch_mm = x.min() + notch + 0.5
+    return middle if abs(notch_mm - middle) < MIDLINE_MM else notch_mm
+
+
+def _tibia_middle_mm(masks: sitk.Image) -> float:
+    """x of the middle of a tibia that is whole from left to right; `masks` in LPS order."""
+    tibia = sitk.GetArrayViewFromImage(masks) == BONES["tibia"]
+    extent = np.flatnonzero(tibia.any(axis=(0, 1)))
+    width_mm = (np.ptp(extent) + 1) * masks.GetSpacing()[0]
+    cut = extent[0] == 0 or extent[-1] == masks.GetSize()[0] - 1
+    if cut or width_mm < PLATEAU_MM:
+        why = "that a side of the image cuts" if cut else f"(at least {PLATEAU_MM:.0f} mm)"
+        problem = f"show no notch between two condyles, and {width_mm:.0f} mm of a tibia {why}"
+        raise InputError("bone masks", problem, "give a CT that holds both condyles")
+    index = (extent.mean(), *(n / 2 for n in masks.GetSize()[1:]))
+    return masks.TransformContinuousIndexToPhysicalPoint(index)[0]
 
 
 def _apart(surface: pd.DataFrame, n: int, rng: np.random.Generator) -> pd.DataFrame:

@@ -26,13 +26,13 @@ _EDGES = ((0.03, 0.5), (0.97, 0.5), (0.5, 0.96), (0.5, 0.04))
 
 def colour_of(name: str) -> str:
     """Colour of an arm, of a model on an arm's estimates ("ct_sma, logistic"), or of a bone."""
-    return COLOURS.get(name.partition(",")[0], "#D55E00")
+    return COLOURS.get(name.partition(",")[0].partition(" +")[0], "#D55E00")
 
 
 def label_of(name: str) -> str:
     """Label of an arm or of a model on an arm's estimates; any other name as it is."""
-    arm, comma, model = name.partition(",")
-    return ARM_LABELS.get(arm, arm) + comma + model
+    arm = name.partition(",")[0].partition(" +")[0]
+    return ARM_LABELS.get(arm, arm) + name.removeprefix(arm)
 
 
 def image(

@@ -11,8 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
-from ctsma.cohort import anatomical_plane, read_knee_volume, read_manifest
+from ctsma.cohort import read_knee_volume, read_manifest
 from ctsma.files import atomic
+from ctsma_lab.views import anatomical_plane
 
 MR, CT, NEUTRAL = "#D55E00", "#0072B2", "#444444"  # Okabe and Ito
 WIDTH, HEIGHT = 100.0, 51.5  # units of the drawing, a tenth of an inch each

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 import os
 import threading
 import time
@@ -18,10 +19,10 @@ import yaml
 from ctsma import cache
 from ctsma.cohort import read_manifest
 from ctsma.common import InputError
-from ctsma.files import ROOT, sha256_file, write_json
-from ctsma.run import RESULTS, UNDER_RUNNER
+from ctsma.files import SHARE, sha256_file, write_json
+from ctsma_lab.run import RESULTS, UNDER_RUNNER
 
-NOTEBOOKS = ROOT / "notebooks"
+NOTEBOOKS = SHARE / "notebooks"
 STAGES = tuple(RESULTS)
 FOLDERS = {  # what a stage writes below the run's folder beside its results file and notebook
     "01_cohort": ("cohort", "calibration"),
@@ -31,10 +32,13 @@ FOLDERS = {  # what a stage writes below the run's folder beside its results fil
     "05_roc_diagnosis": (),
 }
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
+LOWEST = {"seed": 0, "n_rescan": 0, "n_permutations": 0, "n_folds": 2}  # 1 of other whole numbers
+HIGHEST = 2**32 - 1  # of whole numbers: the seeds that every generator takes
 NOT_IN_KEY = ("run_dir", "n_jobs", "overwrite", "profile")  # they change no number
 # One thread per process: ITK, BLAS, torch and numba would each start a pool in every worker.
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 ONE_THREAD += ("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS",)
+QUIET = ["--log-level=50"]  # no words on TCP and on the shutdown of the kernel
 DEAD_WORKER = ("TerminatedWorkerError", "BrokenProcessPool")  # joblib: a process is gone
 DIED = "a process was killed or ran out of memory; free memory or give --jobs 1, and run it again"
 
@@ -134,7 +138,7 @@ def status(path: Path) -> list[dict]:
 def notebook_parameters(stage: str) -> dict[str, dict]:
     """Parameters of a notebook's tagged cell: name -> {inferred_type_name, default, help}."""
     source = NOTEBOOKS / f"{stage}.ipynb"
-    found = papermill.inspect_notebook(str(source))
+    found = papermill.inspect_notebook(_literal(source))
     if not found:
         raise InputError(source, "has no cell tagged parameters", "tag its parameter cell")
     return found
@@ -167,6 +171,9 @@ def _check_types(given: dict) -> dict:
         if type(value) is not wanted:
             problem = f"is {value!r}, not of type {kind}"
             raise InputError(f"parameter {name}", problem, f"give a {kind}")
+        if wanted is int and not LOWEST.get(name, 1) <= value <= HIGHEST:
+            problem = f"is {value}, not between {LOWEST.get(name, 1)} and {HIGHEST}"
+            raise InputError(f"parameter {name}", problem, "give a number in this range")
         cast[name] = value
     return cast
 
@@ -235,21 +242,30 @@ def _execute(path: Path, step: dict, report: Callable[..., None]) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
     os.environ[UNDER_RUNNER] = "1"  # the kernel inherits it
     options = {"cwd": str(NOTEBOOKS), "progress_bar": False, "kernel_name": "python3"}
+    options["extra_arguments"] = QUIET
+    source, target = _literal(NOTEBOOKS / f"{stage}.ipynb"), _literal(partial)
     try:
         with _followed(path / "progress.log", report):
-            source = NOTEBOOKS / f"{stage}.ipynb"
-            papermill.execute_notebook(str(source), str(partial), step["parameters"], **options)
+            papermill.execute_notebook(source, target, step["parameters"], **options)
     except papermill.PapermillExecutionError as error:
         if error.ename in DEAD_WORKER:
             raise StageFailed(f"{stage}: {DIED}") from error
         place = f"cell [{error.exec_count}] failed with {error.ename}: {error.evalue}"
         kept = f"the notebook up to there: {partial}"
         raise StageFailed(f"{stage}: {place}; {kept}") from error
+    except KeyboardInterrupt:  # the cell fails too, which asyncio would report when it is deleted
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        raise
     except RuntimeError as error:  # nbclient's DeadKernelError, or a kernel that never answered
         raise StageFailed(f"{stage}: {DIED}") from error
     finally:
         del os.environ[UNDER_RUNNER]
     partial.replace(path / "notebooks" / f"{stage}.ipynb")
+
+
+def _literal(path: Path) -> str:
+    """A path as papermill takes it, which would fill in what stands in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _record_path(path: Path, stage: str) -> Path:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pandas as pd
 import papermill
-import pydicom
 import SimpleITK as sitk
 import torch
 from nbconvert import HTMLExporter
 
 from ctsma.cache import content_hash, map_knees
 from ctsma.cohort import image_path, read_manifest, read_volume, write_volume
+from ctsma.cohort.dicom import is_dicom, list_images
 from ctsma.common import BIOMARKERS, InputError
 from ctsma.files import sha256_file, write_json, write_text
 
@@ -47,15 +47,18 @@ def listed_cts(paths: Sequence[str], side: str | None = None) -> pd.DataFrame:
 
 
 def manifest_cts(manifest: str | Path, root: str | Path | None = None) -> pd.DataFrame:
-    """CTs of a manifest: knee_id, side, ct, and the checksum that it lists as `listed_sha256`.
+    """CTs of a manifest: knee_id, side, ct, ct_labels and the listed checksum, `listed_sha256`.
 
     Raises InputError as `read_manifest`.
     """
     table = read_manifest(manifest, root)
     table = table[table["ct"].notna()]
     knees, folder = table.to_dict("records"), table.attrs["root"]
-    paths = [str(image_path(knee, "ct", folder).resolve()) for knee in knees]
-    return table[["knee_id", "side"]].assign(ct=paths, listed_sha256=table["ct_sha256"])
+    found = table[["knee_id", "side"]].assign(listed_sha256=table["ct_sha256"])
+    for column in ("ct", "ct_labels"):
+        paths = [image_path(knee, column, folder) for knee in knees]
+        found[column] = [path and str(path.resolve()) for path in paths]
+    return found
 
 
 def predict_cts(
@@ -109,11 +112,14 @@ def predict_ct(knee: dict, folder: Path, *, model: str, model_sha256: str) -> di
         raise InputError(path, "differs from ct_sha256 of the manifest", remedy)
     torch.set_num_threads(1)
     ensemble, ct = _cached_ensemble(model, model_sha256), read_volume(path, "CT")
-    found = predict_knee(ct, knee["side"], ensemble, _stated_slice_mm(path))
+    own = knee.get("ct_labels")
+    labels = read_volume(own, "labels") if own else None
+    found = predict_knee(ct, knee["side"], ensemble, _stated_slice_mm(path), labels)
     numbers = {
         "knee_id": knee["knee_id"],
         "side": knee["side"],
         "ct_sha256": knee["ct_sha256"],
+        "ct_labels_sha256": _sha256(Path(own)) if own else None,
         "model_sha256": model_sha256,
         "model": {name: ensemble.about[name] for name in ORIGIN},
         "compartments": found.compartments.to_dict("index"),
@@ -145,7 +151,8 @@ def write_report(folder: Path, model: str) -> None:
     """Run the notebook one_ct.ipynb on a folder of results; writes report.html without its code."""
     parameters = {"folder": str(folder), "model": model}
     options = {"kernel_name": "python3", "progress_bar": False, "extra_arguments": QUIET}
-    notebook = papermill.execute_notebook(str(NOTEBOOK), None, parameters, **options)
+    source = str(NOTEBOOK).replace("{", "{{").replace("}", "}}")  # papermill fills in braces
+    notebook = papermill.execute_notebook(source, None, parameters, **options)
     page = HTMLExporter(template_file=str(PAGE), exclude_input=True, exclude_anchor_links=True)
     write_text(folder / "report.html", page.from_notebook_node(notebook)[0])
 
@@ -187,14 +194,7 @@ def _sha256(path: Path) -> str | None:
 
 
 def _stated_slice_mm(path: Path) -> float:
-    """Slice thickness that a DICOM series states, which counts where slices overlap; else 0."""
-    files = sorted(path.iterdir()) if path.is_dir() else []
-    for file in files:
-        try:
-            header = pydicom.dcmread(
-                file, stop_before_pixels=True, specific_tags=["SliceThickness"]
-            )
-        except (pydicom.errors.InvalidDicomError, OSError):
-            continue
-        return float(header.get("SliceThickness") or 0)
-    return 0.0
+    """Thickest slice that a CT's DICOM states, which counts where slices overlap; else 0."""
+    if path.is_file() and not is_dicom(path):
+        return 0.0
+    return max(float(image["SliceThickness"] or 0) for image in list_images(path, "CT"))

@@ -12,8 +12,8 @@ from scipy.special import expit
 from ctsma import patches
 from ctsma.common import BIOMARKERS, BONES, COMPARTMENTS, InputError
 from ctsma.patches import grid_points
-from ctsma.registration.masks import BONE_HU, bone_masks, isotropic
-from ctsma.registration.sides import side_of, split_knees
+from ctsma.registration.masks import BONE_HU, OWN_LABELS, bone_masks, isotropic, label_masks
+from dicom_import.sides import side_of, split_knees
 
 from .limits import check_limits, patch_measures, scan_measures
 from .model import Ensemble, estimate
@@ -47,7 +47,11 @@ class Knee:
 
 
 def predict_knee(
-    ct: sitk.Image, side: str, ensemble: Ensemble, stated_slice_mm: float = 0.0
+    ct: sitk.Image,
+    side: str,
+    ensemble: Ensemble,
+    stated_slice_mm: float = 0.0,
+    labels: sitk.Image | None = None,
 ) -> Knee:
     """Estimate the biomarkers everywhere below a knee's bearing surfaces from its CT alone.
 
@@ -57,13 +61,15 @@ def predict_knee(
     side : "L" or "R".
     ensemble : of `load_ensemble`.
     stated_slice_mm : slice thickness that the file states; counts where slices overlap.
+    labels : own bone labels of this knee (`label_masks`); None: bones by threshold.
 
     Raises InputError: no knee or not this side found, no patch fits, or a CT unlike those that the
     model was trained on.
     """
     about = ensemble.about
-    joint = joint_view(ct, side)
-    masks = bone_masks(joint)
+    own = None if labels is None else label_masks(labels, ct)
+    joint = joint_view(ct, side, own)
+    masks = bone_masks(joint) if own is None else _nearest(own, joint)
     check_side(joint, masks, side)
     measures = scan_measures(joint, masks)
     measures["slice_mm"] = max(measures["slice_mm"], stated_slice_mm)
@@ -85,7 +91,8 @@ def predict_knee(
     compartments = _compartments(table[usable], about)
     absent = compartments.index[compartments["n_patches"] == 0].tolist()
     if absent:
-        warnings.append(f"no patch in {', '.join(absent)}: the field of view may be too small")
+        reason = "the field of view is too small or the joint gap closed"
+        warnings.append(f"no patch in {', '.join(absent)}: {reason}")
     probability = oa_probability(compartments, about["oa"]) if about["oa"] else None
     return Knee(
         joint=joint,
@@ -98,18 +105,23 @@ def predict_knee(
     )
 
 
-def joint_view(ct: sitk.Image, side: str) -> sitk.Image:
+def joint_view(ct: sitk.Image, side: str, own: sitk.Image | None = None) -> sitk.Image:
     """Crop a CT to one knee joint, LPS axes: first to the bone, then to where femur faces tibia.
 
-    Both are found on coarse grids, so that the field of view adds little time. Raises InputError as
-    `bone_masks` and `split_knees`.
+    Both are found on coarse grids, so that the field of view adds little time. `own` are bone
+    labels on the grid of `ct`, which also tell which of two knees is meant; None: bones by
+    threshold. Raises InputError as `bone_masks` and `split_knees`.
     """
-    view = sitk.DICOMOrient(split_knees(ct).get(side, ct), "LPS")
+    knee = split_knees(ct).get(side, ct) if own is None else ct
+    view = sitk.DICOMOrient(knee, "LPS")
     coarse = isotropic(view, 2 * COLUMN_MM)
-    bone = sitk.GetArrayViewFromImage(coarse) > BONE_HU
+    if own is None:
+        bone = sitk.GetArrayViewFromImage(coarse) > BONE_HU
+    else:
+        bone = sitk.GetArrayFromImage(_nearest(own, coarse)) > 0
     if not bone.any():
         problem = f"holds no bone above {BONE_HU:.0f} HU"
-        raise InputError("CT", problem, "give a knee CT in Hounsfield units")
+        raise InputError("CT", problem, f"give a knee CT in Hounsfield units, {OWN_LABELS}")
     # 1 % of the bone voxels may lie outside: noise, a table. Along z the whole CT is kept.
     low, high = np.percentile(grid_points(coarse)[bone], (0.5, 99.5), axis=0)
     z = grid_points(coarse)[..., 2]
@@ -117,7 +129,8 @@ def joint_view(ct: sitk.Image, side: str) -> sitk.Image:
     view = _crop(view, low - MARGIN_MM, high + MARGIN_MM)
     if (np.multiply(view.GetSize(), view.GetSpacing()) <= FIELD_MM * 1.1).all():
         return view
-    masks = bone_masks(isotropic(view, COLUMN_MM))
+    fine = isotropic(view, COLUMN_MM)
+    masks = bone_masks(fine) if own is None else _nearest(own, fine)
     points, labels = grid_points(masks), sitk.GetArrayViewFromImage(masks)
     plateau_z = points[labels == BONES["tibia"]][:, 2].max()
     near = points[(labels > 0) & (np.abs(points[..., 2] - plateau_z) < FIELD_MM[2] / 4)]
@@ -223,6 +236,10 @@ def _add_intervals(table: pd.DataFrame, intervals: Mapping) -> None:
         radius = np.nan if radius is None else radius  # JSON has no infinity
         table[f"{name}_low"] = (table[name] - radius).clip(lower=0)
         table[f"{name}_high"] = table[name] + radius
+
+
+def _nearest(labels: sitk.Image, grid: sitk.Image) -> sitk.Image:
+    return sitk.Resample(labels, grid, sitk.Transform(), sitk.sitkNearestNeighbor)
 
 
 def _crop(image: sitk.Image, low: ndarray, high: ndarray) -> sitk.Image:

@@ -25,7 +25,7 @@ CONTRAST_HU = 400.0  # an edge that rises by less is too thin to measure (design
 PROFILE_MM = np.arange(-4.0, 4.01, 0.1)  # outside to inside of the bone (design choice)
 N_EDGES = 4000  # profiles per CT (design choice)
 FWHM_OF_SLOPE = np.sqrt(8 * np.log(2) / (2 * np.pi))  # FWHM x steepest slope of a blurred unit step
-MEASURES = yaml.safe_load(Path(__file__).with_name("measures.yaml").read_text())
+MEASURES = yaml.safe_load(Path(__file__).with_name("measures.yaml").read_text("utf-8"))
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def check_limits(measures: Mapping[str, float], limits: Mapping[str, Mapping]) -
         most = np.inf if limit["refuse_above"] is None else limit["refuse_above"]
         seen = f"{label} is {value:.3g}, in training {low:.3g} to {high:.3g}"
         if not least <= value <= most:  # also where it is NaN
-            problem = f"is unlike the CTs that the model was trained on ({seen})"
+            limit = f"at least {least:.3g}" if value < least else f"at most {most:.3g}"
+            problem = f"is unlike the CTs that the model was trained on ({seen}, {limit})"
             raise InputError("CT", problem, MEASURES[name]["remedy"])
         # 0.1 %: a spacing equal to that of training must not warn because of its last bit
         lower = np.isfinite(least) and value < 0.999 * low

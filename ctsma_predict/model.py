@@ -193,7 +193,7 @@ def export_model(
             "limits": limits.fit_limits(measures),
             "files": {file.name: sha256_file(file) for file in sorted(partial.iterdir())},
         }
-        about = json.loads(write_json(partial / ABOUT, about).read_text())
+        about = json.loads(write_json(partial / ABOUT, about).read_text("utf-8"))
         write_json(partial / ABOUT, about | {"content_sha256": content_hash(about)})
         write_text(partial / CARD, model_card(about))
     return folder

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ctsma.common import InputError
-from ctsma.files import ROOT
+from ctsma.files import SHARE
 from ctsma_predict import listed_cts, manifest_cts, predict_cts
 
 FAILED = 1  # exit code
-SHIPPED_MODEL = ROOT / "models" / "full"  # trained by the published run
+SHIPPED_MODEL = SHARE / "models" / "full"  # trained by the published run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("ct", nargs="*", metavar="CT[:L|:R]", help="NIfTI file or DICOM folder, with its side")
     add("--side", choices=["L", "R"], help="side of the CTs that name none")
     add("--manifest", help="predict every CT of this manifest instead")
+    add("--labels", help="own bone labels of one CT: 1 femur, 2 tibia (docs/own_data.md)")
     add("--root", help="folder that the manifest's paths are relative to (default: its own)")
     add("--model", default=str(SHIPPED_MODEL), help="model directory (default: the shipped one)")
     add("--out", required=True, help="folder of the results, one folder per CT")
@@ -33,6 +34,11 @@ def run(arguments: argparse.Namespace, progress: Callable[..., None]) -> int:
         knees = manifest_cts(arguments.manifest, arguments.root)
     else:
         knees = listed_cts(arguments.ct, arguments.side)
+    if arguments.labels:
+        if arguments.manifest or len(knees) > 1:
+            problem = "belongs to one CT given by its path"
+            raise InputError("--labels", problem, "list several in column ct_labels of a manifest")
+        knees["ct_labels"] = str(Path(arguments.labels).resolve())
     table = predict_cts(knees, arguments.model, arguments.out, arguments.jobs, progress)
     for row in table.to_dict("records"):
         page = Path(arguments.out) / row["knee_id"] / "report.html"

@@ -11,9 +11,9 @@ from ctsma.cohort import read_knee_volume
 from ctsma.cohort.images import format_extent
 from ctsma.cohort.manifest import check_sha256
 from ctsma.common import COMPARTMENTS, IMAGES, InputError
-from ctsma.patches import patch_centres
-from ctsma.registration import bone_masks, register_knee
-from ctsma.registration.sides import side_of, split_knees
+from ctsma.patches import RIM_MM, bearing_surface, patch_centres
+from ctsma.registration import knee_masks, register_knee
+from dicom_import.sides import side_of, split_knees
 
 FATAL, WARNING, GOOD = "fatal", "warning", "good"
 COLUMNS = ["knee_id", "column", "check", "level", "finding"]
@@ -21,6 +21,7 @@ MAX_SLICE_MM = 1.5  # design choice: CT slices thicker than a tenth of a patch b
 MAX_PIXEL_MM = 0.6  # of CT in plane; design choice: a knee field of 300 mm on 512 pixels
 MAX_MR_PIXEL_MM = 0.35  # design choice: trabeculae are 0.1 to 0.3 mm thick, BFFE has 0.22 mm
 METAL_HU, METAL_SHARE = 2500.0, 2e-4  # design choice: cortex stays below 2000 HU
+MAX_CUT_MM2 = 400.0  # design choice: 200 where a whole condyle touches the image's side
 AIR_HU = -1100.0  # below air: padding outside the scanner's circle; design choice
 PATCHES_PER_COMPARTMENT = 4  # as the study's default
 
@@ -73,18 +74,23 @@ def _check_knee(knee: dict, root: str, deep: bool) -> pd.DataFrame:
             continue
         try:
             check_sha256(knee, column, root)
-        except InputError as error:
+        except (InputError, OSError) as error:
             found.append((column, "checksum", FATAL, str(error)))
         try:
             images[column] = read_knee_volume(knee, column, root)
-        except InputError as error:
-            found.append((column, "volume", FATAL, str(error)))
+        except Exception as error:  # one file never ends the table
+            text = f"{type(error).__name__}: {error}; export it again."
+            text = str(error) if isinstance(error, InputError) else text
+            found.append((column, "volume", FATAL, text))
             continue
         found += _check_resolution(images[column], column)
     if "ct" in images:
         found += _check_hu(images["ct"])
-        if deep:
-            found += _check_bones(knee, images)
+        try:
+            found += _check_bones(knee, images, root) if deep else []
+        except Exception as error:  # one knee never ends the table
+            text = f"the bones cannot be checked ({type(error).__name__}: {error}); look at the CT."
+            found.append(("ct", "bones", FATAL, text))
     return pd.DataFrame([(knee["knee_id"], *finding) for finding in found], columns=COLUMNS)
 
 
@@ -93,10 +99,11 @@ def _check_resolution(image: sitk.Image, column: str) -> list[tuple]:
     text = f"{format_extent(image.GetSize())} at {format_extent(spacing)} mm"
     found = [(column, "size", GOOD, text)]
     if column == "ct" and max(spacing) > MAX_SLICE_MM:
-        text = f"slices every {max(spacing):.2g} mm hold little texture; export the thin ones."
+        text = f"slices every {max(spacing):.2g} mm (at most {MAX_SLICE_MM:g} mm) "
+        text += "hold little texture; export the thin ones."
         found.append((column, "resolution", WARNING, text))
     if min(spacing) > limit:
-        text = f"pixels of {min(spacing):.2g} mm are coarser than {limit:g} mm; "
+        text = f"pixels are {min(spacing):.2g} mm, at most {limit:g} mm; "
         text += "export a smaller field of view or a finer matrix."
         found.append((column, "resolution", WARNING, text))
     return found
@@ -106,34 +113,38 @@ def _check_hu(ct: sitk.Image) -> list[tuple]:
     array, found = sitk.GetArrayViewFromImage(ct), []
     share, lowest = float((array > METAL_HU).mean()), array.min()
     if share > METAL_SHARE:
-        text = f"{share:.2%} of the voxels exceed {METAL_HU:g} HU, as metal does; "
+        text = f"{share:.2%} of the voxels (at most {METAL_SHARE:.2%}) exceed {METAL_HU:g} HU, "
+        text += "as metal does; "
         text += "leave the knee out if it has an implant."
         found.append(("ct", "HU", WARNING, text))
     if lowest < AIR_HU:
-        text = f"values down to {lowest:g} HU are padding, not air; set them to -1024 if they show."
+        text = f"values down to {lowest:g} HU (air has at least {AIR_HU:g} HU) are padding; "
+        text += "set them to -1024 if they show."
         found.append(("ct", "HU", WARNING, text))
     return found
 
 
-def _check_bones(knee: dict, images: dict[str, sitk.Image]) -> list[tuple]:
+def _check_bones(knee: dict, images: dict[str, sitk.Image], root: str) -> list[tuple]:
     """What needs the bones: two knees in view, the joint line, the side, and each MR's pair."""
     ct, found = images["ct"], []
     try:
-        if len(split_knees(ct)) > 1:
+        if not isinstance(knee.get("ct_labels"), str) and len(split_knees(ct)) > 1:
             text = "two knees are in view; give one volume per knee (ctsma import splits DICOM)."
             return [("ct", "knees", FATAL, text)]
-        masks = bone_masks(ct)
+        masks = knee_masks(knee, ct, root)
     except InputError as error:
-        return [("ct", "bones", FATAL, f"{error.problem}; {error.remedy}.")]
+        return [("ct", "bones", FATAL, str(error))]
     try:
         rng = np.random.default_rng(0)
         centres = patch_centres(masks, knee["side"], PATCHES_PER_COMPARTMENT, rng)
         absent = [name for name in COMPARTMENTS if name not in set(centres["compartment"])]
         if absent:
-            text = f"no place for a patch in {', '.join(absent)}; check that the joint is in view."
+            text = f"no place for a patch in {', '.join(absent)}; check that the joint is in view "
+            text += "and its gap is open."
             found.append(("ct", "joint line", WARNING, text))
+        found += [("ct", "field of view", WARNING, text) for text in _cut(masks, knee["side"])]
     except InputError as error:
-        found.append(("ct", "joint line", FATAL, f"{error.problem}; {error.remedy}."))
+        found.append(("ct", "joint line", FATAL, str(error)))
     side = side_of(ct, masks)
     if side not in ("", knee["side"]):
         text = f"the fibula lies as in side {side}, the manifest names {knee['side']}; "
@@ -146,3 +157,26 @@ def _check_bones(knee: dict, images: dict[str, sitk.Image]) -> list[tuple]:
                 text = f"{reason}; make sure that both images show the same person, knee and side."
                 found.append((column, "pair", FATAL, text))
     return found
+
+
+def _cut(masks: sitk.Image, side: str) -> list[str]:
+    """Warnings of bones that the image cuts left or right, and of a joint cut in front or behind.
+
+    A femur may be cut in front or behind without loss, as long as the bearing surface is whole.
+    """
+    masks, texts = sitk.DICOMOrient(masks, "LPS"), []
+    _, dy, dz = masks.GetSpacing()
+    bone = sitk.GetArrayViewFromImage(masks) > 0
+    for name, column in (("right", 0), ("left", -1)):
+        area_mm2 = bone[:, :, column].sum() * dy * dz
+        if area_mm2 > MAX_CUT_MM2:
+            text = f"the image ends in bone at the patient's {name} over {area_mm2:.0f} mm2 "
+            texts.append(f"{text}(at most {MAX_CUT_MM2:g}); export the whole width of the knee.")
+    y = bearing_surface(masks, side)["y"]
+    front = masks.GetOrigin()[1]
+    back = front + (masks.GetSize()[1] - 1) * dy
+    for name, distance_mm in (("front", y.min() - front), ("back", back - y.max())):
+        if distance_mm < RIM_MM:
+            text = f"the bearing surface ends {distance_mm:.1f} mm from the {name} of the image "
+            texts.append(f"{text}(at least {RIM_MM:g}); export the whole depth of the knee.")
+    return texts

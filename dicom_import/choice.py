@@ -138,7 +138,7 @@ def sharpness(kernel: str) -> str:
 def _describe(images: pd.DataFrame, salt: bytes) -> dict:
     """One row of the table, and `series` and `rank`, by which the best stack is found."""
     header = images.iloc[0].dropna().to_dict()
-    spacing = header.get("PixelSpacing") or [np.nan]
+    spacing = element_text(header, "PixelSpacing").split("\\")[0]
     screen_copy = element_text(header, "SOPClassUID").startswith(SECONDARY_CAPTURE)
     modality = element_text(header, "Modality")
     burned_in = element_text(header, "BurnedInAnnotation").upper() == "YES"
@@ -150,7 +150,7 @@ def _describe(images: pd.DataFrame, salt: bytes) -> dict:
         "note": _reason_to_leave_out(header, len(images)),
         "n_images": len(images),
         "thickness_mm": element_number(header, "SliceThickness"),
-        "spacing_mm": float(spacing[0]),
+        "spacing_mm": element_number({"row": spacing}, "row"),
         "kernel": element_text(header, "ConvolutionKernel"),
         "echo": element_number(header, "EchoNumbers"),
         "echo_time_ms": element_number(header, "EchoTime"),
@@ -173,7 +173,7 @@ def _reason_to_leave_out(header: Mapping, n_images: int) -> str:
     if modality not in ("CT", "MR"):
         return f"modality {modality or 'not stated'}"
     if "LOCALIZER" in element_text(header, "ImageType").upper() or n_images < MIN_SLICES:
-        return f"a localiser or fragment: {n_images} images"
+        return f"a localiser or fragment: {n_images} images (a volume has {MIN_SLICES} or more)"
     if "ImagePositionPatient" not in header or "ImageOrientationPatient" not in header:
         return "no slice position: export the original slices"
     words = [element_text(header, name) for name in (*TEXTS, "ReceiveCoilName")]
@@ -186,7 +186,7 @@ def _reason_to_leave_out(header: Mapping, n_images: int) -> str:
 
 def _side_in_words(header: Mapping) -> str:
     """ "L" or "R" as the header gives it, "" where it gives none or both."""
-    for name in ("Laterality", "ImageLaterality"):
+    for name in ("Laterality", "ImageLaterality", "FrameLaterality"):
         value = element_text(header, name).upper()
         if value in SIDES:
             return value
@@ -220,8 +220,11 @@ def _leave_out_other_echoes(table: pd.DataFrame, echo: int | None) -> None:
         series = series.sort_values("echo_time_ms")
         counted = pd.Series(range(1, len(series) + 1), index=series.index)
         numbers = series["echo"].fillna(counted).astype(int)
+        if not numbers.is_unique:
+            numbers = counted
         wanted = numbers.iloc[0] if echo is None else echo
         for index, number in numbers.items():
             if number != wanted:
-                note = f"echo {number} of {len(series)}; --echo {number} takes it"
+                time = f"TE {series.loc[index, 'echo_time_ms']:g} ms"
+                note = f"echo {number} of {len(series)} ({time}); --echo {number} takes it"
                 table.loc[index, "note"] = note

@@ -11,18 +11,13 @@ import pydicom
 import yaml
 
 from ctsma.cache import content_hash
-from ctsma.cohort.dicom import SLICE_ELEMENTS
+from ctsma.cohort.dicom import MIN_SLICES, SLICE_ELEMENTS, read_headers
 from ctsma.common import InputError
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar", ".gz", ".iso")
-WHITELIST = yaml.safe_load(Path(__file__).with_name("whitelist.yaml").read_text())
+WHITELIST = yaml.safe_load(Path(__file__).with_name("whitelist.yaml").read_text("utf-8"))
 TECHNICAL = [*SLICE_ELEMENTS, *WHITELIST["technical"]]
 READ = [*TECHNICAL, *WHITELIST["identifying"]]
-FRAME_NAMES = {  # element of a frame (PS3.3 C.7.6.16) -> the name that single slices use
-    "EffectiveEchoTime": "EchoTime",
-    "FrameLaterality": "ImageLaterality",
-    "FrameType": "ImageType",
-}
 
 
 def scan(folder: str | Path) -> tuple[pd.DataFrame, Counter]:
@@ -47,16 +42,16 @@ def scan(folder: str | Path) -> tuple[pd.DataFrame, Counter]:
         raise InputError(folder, "does not exist", "give the folder of a DICOM export")
     skipped, rows, seen = Counter(), [], set()
     for file in _find_files(folder, skipped):
-        header = _read_header(file, skipped)
-        if header is None:
-            continue
-        uid = str(header.get("SOPInstanceUID", file))
-        if uid in seen:
-            skipped["the same image twice in the tree"] += 1
-            continue
-        seen.add(uid)
-        for image in _split_frames(header):
+        for image in _read_images(file, skipped):
+            # Some exporters write one SOPInstanceUID into all slices, so the position counts too.
+            uid = str(image["SOPInstanceUID"] or file)
+            position = (uid, image["frame"], str(image["ImagePositionPatient"]), _stack_key(image))
+            if position in seen:
+                skipped["the same image twice in the tree"] += 1
+                continue
+            seen.add(position)
             rows.append(image | {"file": str(file), "stack": _stack_key(image)})
+    _separate_spacings(rows)
     if not rows:
         counts = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "it is empty"
         remedy = "give the folder of a DICOM export, unpacked"
@@ -67,7 +62,7 @@ def scan(folder: str | Path) -> tuple[pd.DataFrame, Counter]:
 def removed_elements(file: str | Path) -> list[str]:
     """Names (never values) of a file's elements that are left out, private ones as "private"."""
     names = set()
-    for element in pydicom.dcmread(file, stop_before_pixels=True):
+    for element in pydicom.dcmread(file, stop_before_pixels=True, force=True):
         names.add("private" if element.tag.is_private else element.keyword or str(element.tag))
     return sorted(names - set(TECHNICAL))
 
@@ -110,48 +105,37 @@ def _find_files(folder: Path, skipped: Counter) -> list[Path]:
     return sorted(found)
 
 
-def _read_header(file: Path, skipped: Counter) -> dict | None:
+def _read_images(file: Path, skipped: Counter) -> list[dict]:
+    """Headers of a file's images; files without image are counted by reason."""
     try:
-        data = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=READ)
-        header = {name: data[name].value for name in READ if name in data}
-    except pydicom.errors.InvalidDicomError:
-        skipped["not DICOM"] += 1
-        return None
-    except (OSError, EOFError, ValueError, LookupError, RuntimeError, AttributeError, TypeError):
+        images = read_headers(file, READ)
+    except InputError:
         skipped["damaged or unreadable"] += 1
-        return None
-    if "DICOMDIR" in file.name.upper() or "SeriesInstanceUID" not in header:
-        skipped["DICOM without an image series (DICOMDIR)"] += 1
-        return None
-    return header
-
-
-def _split_frames(header: dict) -> list[dict]:
-    """One header per frame of a multi-frame file, with the names that single slices use."""
-    shared = header.pop("SharedFunctionalGroupsSequence", None) or [pydicom.Dataset()]
-    frames = header.pop("PerFrameFunctionalGroupsSequence", None)
-    if not frames:
-        return [header | {"frame": None}]
-    common = header | _flatten(shared[0])
-    return [common | _flatten(frame) | {"frame": n} for n, frame in enumerate(frames)]
-
-
-def _flatten(groups: pydicom.Dataset) -> dict:
-    """The elements of functional groups that are read, without the groups (PS3.3 C.7.6.16)."""
-    found = {}
-    for group in groups:
-        if group.VR != "SQ" or not group.value:
-            continue
-        for element in group.value[0]:
-            name = FRAME_NAMES.get(element.keyword, element.keyword)
-            if name in READ and element.VR != "SQ" and element.value is not None:
-                found[name] = element.value
-    return found
+        return []
+    if images and images[0]["SeriesInstanceUID"]:
+        return images
+    is_index = images or "DICOMDIR" in file.name.upper()
+    skipped["DICOM without an image series (DICOMDIR)" if is_index else "not DICOM"] += 1
+    return []
 
 
 def _stack_key(image: dict) -> str:
     """What one volume is made of shares series, echo, orientation and matrix."""
     series = str(image["SeriesInstanceUID"])
     echo = [str(image.get(name) or "") for name in ("EchoNumbers", "EchoTime")]
-    axes = [round(float(v), 3) + 0.0 for v in image.get("ImageOrientationPatient") or []]
+    try:
+        axes = [round(float(v), 3) + 0.0 for v in image.get("ImageOrientationPatient") or []]
+    except (TypeError, ValueError):
+        axes = str(image["ImageOrientationPatient"])
     return content_hash(series, echo, axes, image.get("Rows"), image.get("Columns"))[:10]
+
+
+def _separate_spacings(rows: list[dict]) -> None:
+    """Make stacks, in place, of the pixel spacings of one; not of a few odd slices, an error."""
+    spacings: dict[str, Counter] = {}
+    for row in rows:
+        spacings.setdefault(row["stack"], Counter())[str(row["PixelSpacing"])] += 1
+    for row in rows:
+        counts = spacings[row["stack"]]
+        if len(counts) > 1 and min(counts.values()) >= MIN_SLICES:
+            row["stack"] = content_hash(row["stack"], str(row["PixelSpacing"]))[:10]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,22 +13,17 @@ import pydicom
 import SimpleITK as sitk
 
 from ctsma.cache import map_knees
-from ctsma.cohort import read_manifest, read_volume, write_volume
-from ctsma.cohort.dicom import SLICE_ELEMENTS
-from ctsma.cohort.images import format_extent
+from ctsma.cohort import read_manifest, write_volume
+from ctsma.cohort.dicom import ELEMENTS, read_headers, read_stack
+from ctsma.cohort.images import check_volume, format_extent
 from ctsma.cohort.manifest import SCHEMA
 from ctsma.common import InputError
 from ctsma.files import sha256_file, write_json, write_text
-from ctsma.registration.sides import split_knees
+from dicom_import.sides import split_knees
 
 from . import identity
 from .choice import apply_choice, list_stacks, write_choice
 from .headers import WHITELIST, removed_elements, scan
-
-PIXEL_ELEMENTS = ["SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored"]
-PIXEL_ELEMENTS += ["HighBit", "PixelRepresentation"]
-WHOLE_NUMBERS = ("Rows", "Columns", "EchoNumbers")
-CT_CLASS, MR_CLASS = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4"
 
 
 @dataclass(frozen=True)
@@ -143,12 +137,9 @@ def import_stack(knee: dict, folder: Path, *, root: str) -> dict:
     of the elements left out. Raises InputError that names the stack and never a path: paths of an
     archive can hold names.
     """
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK warns of gaps that read_volume checks
     name = f"{knee['modality']} series {knee['stack']}"
     try:
-        with tempfile.TemporaryDirectory() as staged:
-            _stage(knee, Path(staged))
-            image = read_volume(staged, knee["modality"])
+        image = _read_stack(knee, name)
         parts = split_knees(image) if knee["modality"] == "CT" else {"": image}
     except InputError as error:
         raise InputError(name, error.problem, error.remedy) from None  # the cause names files
@@ -188,7 +179,6 @@ def _check_cohort(out: Path, salt: bytes) -> None:
 def _task(stack: dict, images: pd.DataFrame, salt: bytes) -> dict:
     """A selected stack as a row for `map_knees`, where knee_id is the name of the stack."""
     header = images.iloc[0].dropna().to_dict()
-    frames = images[images["frame"].notna()].to_dict("records")
     stats = [Path(file).stat() for file in images["file"].unique()]
     day = str(header.get("StudyDate", ""))
     return {
@@ -204,7 +194,6 @@ def _task(stack: dict, images: pd.DataFrame, salt: bytes) -> dict:
         "date_shifted": identity.shifted_date(salt, identity.identity_text(header), day),
         "technical": _plain_elements(header, WHITELIST["logged"]),
         "slices": images[["file", "frame"]].to_numpy().tolist(),
-        "frames": [_plain_elements(frame, SLICE_ELEMENTS) for frame in frames],
         "stamps": [(stat.st_size, stat.st_mtime_ns) for stat in stats],
     }
 
@@ -239,49 +228,16 @@ def _body_mass_index(header: Mapping) -> float | None:
     return round(bmi, 1) if 10 < bmi < 70 else None
 
 
-def _stage(knee: dict, folder: Path) -> None:
-    """Put the stack alone in a folder, one file per slice: links, or frames written apart."""
-    decoded, frames = None, iter(knee["frames"])
-    for number, (file, frame) in enumerate(knee["slices"]):
-        target = folder / f"{number:05d}.dcm"
-        if frame is None:
-            target.symlink_to(Path(file).resolve())
-            continue
-        if decoded is None or decoded != file:  # one file at a time in memory
-            decoded, (data, pixels) = file, _decode(file)
-        _write_frame(target, data, pixels[int(frame)], next(frames), number)
-
-
-def _decode(file: str) -> tuple[pydicom.Dataset, np.ndarray]:
-    data = pydicom.dcmread(file)
-    try:
-        return data, data.pixel_array
-    except (RuntimeError, ValueError, AttributeError) as error:
-        coding = data.file_meta.TransferSyntaxUID.name
-        problem = f"has frames compressed as {coding} that cannot be decoded"
-        remedy = "decompress it first (gdcmconv --raw), or export single slices"
-        raise InputError(file, problem, remedy) from error
-
-
-def _write_frame(
-    target: Path, data: pydicom.Dataset, pixels: np.ndarray, elements: dict, number: int
-) -> None:
-    """Write one frame of a multi-frame file as a single slice without identity."""
-    single = pydicom.Dataset()
-    single.file_meta = pydicom.dataset.FileMetaDataset()
-    single.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    single.SOPClassUID = CT_CLASS if data.Modality == "CT" else MR_CLASS
-    single.SOPInstanceUID = f"2.25.{number + 1}"
-    single.file_meta.MediaStorageSOPClassUID = single.SOPClassUID
-    single.file_meta.MediaStorageSOPInstanceUID = single.SOPInstanceUID
-    single.StudyInstanceUID, single.SeriesInstanceUID = "2.25.1", "2.25.2"
-    single.Modality = data.Modality
-    for name in PIXEL_ELEMENTS:
-        setattr(single, name, data[name].value)
-    for name, value in elements.items():
-        setattr(single, name, int(value) if name in WHOLE_NUMBERS else value)
-    single.PixelData = pixels.tobytes()
-    single.save_as(target, enforce_file_format=True)
+def _read_stack(knee: dict, name: str) -> sitk.Image:
+    """The volume of the files, or frames of files, that make a stack."""
+    wanted, images = {}, []
+    for file, frame in knee["slices"]:
+        wanted.setdefault(file, set()).add(frame)
+    for file, frames in wanted.items():
+        headers = read_headers(Path(file), ELEMENTS)
+        images += [header for header in headers if header["frame"] in frames]
+    image = read_stack(name, images, knee["modality"])
+    return check_volume(name, image, knee["modality"])
 
 
 def _write_knee(image: sitk.Image, side: str, name: str, root: Path) -> dict:

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 import yaml
-from numba import njit
+
+from ctsma.compiled import compiled
 
 from .microstructure import smooth_field
 
@@ -50,7 +51,7 @@ class Template:
         return dict(zip(FIELDS, values.T, strict=True))
 
 
-@njit(cache=True)
+@compiled()
 def sample_grid(grid, origin, spacing, points) -> np.ndarray:
     """Trilinear values (n, channels) of grid (z, y, x, channels) at points (n, 3) xyz mm.
 
@@ -93,7 +94,7 @@ def own_template(gap_mm: float, femur_mm: float, tibia_mm: float, patella_mm: fl
     at the centre of femur, tibia and patella.
     """
     p = template_coordinates()
-    shapes = yaml.safe_load(SHAPES.read_text())
+    shapes = yaml.safe_load(SHAPES.read_text("utf-8"))
     level = {name: _join(p, shapes[name]) for name in BONE_NAMES}
     level["tibia"] = smooth_max(level["tibia"], gap_mm - level["femur"], 1.5)
     level["patella"] = smooth_max(level["patella"], gap_mm + 1.9 - level["femur"], 3)
@@ -114,7 +115,7 @@ def finish_template(fields: dict, p: list[np.ndarray], axis_mm: tuple) -> Templa
     inside = np.where((fields["femur"] < 0) & (np.abs(p[2] - 25) < 15), p[0], np.nan)
     width = float(np.nanmax(inside) - np.nanmin(inside))
     scaled = [coordinate * (WIDTH_MM / width) for coordinate in p]
-    shapes = yaml.safe_load(SHAPES.read_text())
+    shapes = yaml.safe_load(SHAPES.read_text("utf-8"))
     fields["fibrous"] = _join(scaled, shapes["fibrous"])
     fields["muscle"] = _join(scaled, shapes["muscle"])
     radius = np.hypot(

@@ -7,10 +7,11 @@ c = 0 gives plates, c > 0 rods.
 """
 
 import numpy as np
-from numba import njit
 from scipy.fft import irfftn, rfftn
 from scipy.ndimage import gaussian_filter
 from scipy.special import ndtr
+
+from ctsma.compiled import compiled
 
 TILE_SIZE = 128  # voxels, a power of two so that wrapping is one bit mask
 FINE_VOXELS = 8.0  # design choice: tile voxels per fine wavelength; trilinear error about 2 %
@@ -73,7 +74,7 @@ def smooth_field(rng: np.random.Generator, shape: tuple, length: float) -> np.nd
     return field * (2 * np.sqrt(np.pi) * length) ** 1.5
 
 
-@njit(cache=True, inline="always")
+@compiled(inline="always")
 def field_at(tile, x, y, z, cos, sin) -> float:
     """cos * fine + sin * coarse at non-negative tile voxel coordinates, trilinear and periodic."""
     i, j, k = int(x), int(y), int(z)
@@ -92,7 +93,7 @@ def field_at(tile, x, y, z, cos, sin) -> float:
     return f
 
 
-@njit(cache=True)
+@compiled()
 def bone_fraction(tile, x, y, z, samples, soft, c, w, theta) -> np.ndarray:
     """Bone volume fraction of a footprint: weighted mean over sub-samples of the level set.
 
@@ -125,7 +126,7 @@ def sub_samples(
     return np.c_[offsets, weight].astype(np.float32), float(SOFT_PER_VOXEL * distance.mean())
 
 
-@njit(cache=True)
+@compiled()
 def is_bone(tile, points, c, w, theta) -> np.ndarray:
     """The level set (bool, n) at points (n, 3) in non-negative tile voxels; c, w, theta (n,)."""
     result = np.empty(len(points), np.bool_)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import SimpleITK as sitk
-from numba import njit
 
 from ctsma.common import BONES
+from ctsma.compiled import compiled
 
 from .anatomy import FAR_MM, SPACING_MM, sample_grid
 from .microstructure import bone_fraction, smooth_field, sub_samples
@@ -238,13 +238,13 @@ def _balls(balls: np.ndarray, points: np.ndarray) -> np.ndarray:
     return distance
 
 
-@njit(cache=True, inline="always")
+@compiled(inline="always")
 def _fraction(distance, edge):
     """Share of a footprint `edge` mm wide that lies inside a surface at a signed distance."""
     return min(max(np.float32(0.5) - distance / edge, np.float32(0)), np.float32(1))
 
 
-@njit(cache=True)
+@compiled()
 def paint(
     shape, coarse, start, ratio, tile, maps, dense, sparse, soft, water, fat, is_ct, edge, widening
 ) -> tuple[np.ndarray, np.ndarray]:

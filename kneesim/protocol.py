@@ -87,7 +87,7 @@ def read_calibration() -> dict:
 
     Raises InputError where it was measured under another protocol than the one in use.
     """
-    calibration = json.loads(CALIBRATION.read_text())
+    calibration = json.loads(CALIBRATION.read_text("utf-8"))
     if calibration["protocol_sha256"] != protocol_sha256():
         remedy = "run benchmarks/calibration.py again"
         raise InputError(CALIBRATION, "was measured under another protocol", remedy)
@@ -144,7 +144,7 @@ def z_score(quantity: Quantity, value: float) -> float:
 
 def _read_groups(path: Path) -> dict:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, yaml.YAMLError) as error:
         problem = f"is not a readable YAML file ({error})"
         raise InputError(path, problem, "give a protocol file") from error

@@ -11,17 +11,15 @@ from ctsma.agreement import (
     bland_altman,
     bootstrap_icc,
     bootstrap_icc_difference,
-    cohort_matches,
     conformal_radius,
-    correlation_and_error,
     correlation_table,
     cross_conformal,
     icc,
     icc_differences,
     icc_table,
-    nested,
 )
 from ctsma.common import BIOMARKERS, InputError
+from ctsma_lab.views import cohort_matches, nested
 
 # Bland & Altman 1986, Lancet: first readings of 17 subjects, peak expiratory flow rate in l/min
 WRIGHT = np.array(
@@ -182,24 +180,31 @@ def predictions(patches) -> pd.DataFrame:
     return table
 
 
+def table_of(x, y):
+    """Predictions of one patch per knee, the four biomarkers alike."""
+    table = pd.DataFrame({"arm": "ct_only", "subject_id": np.arange(len(x)), "patch_id": 0})
+    table["knee_id"] = table["subject_id"]
+    for name in BIOMARKERS:
+        table[name], table[f"{name}_reference"] = y, x
+    return table
+
+
 def test_correlation_and_error_of_a_straight_line():
-    x = np.random.default_rng(0).normal(size=(50, 2)) * (1, 3)
-    x = (x - x.mean(0)) / x.std(0)
-    found = correlation_and_error(x, 0.5 * x + 0.1)
-    # r = 1; SD halved; mean of (0.5 x - 0.1)^2 for x of mean 0 and variance 1: 0.25 + 0.01
-    assert found == pytest.approx({"correlation": 1, "sd_ratio": 0.5, "relative_error": 0.26})
-    opposite = {"correlation": -1, "sd_ratio": 1, "relative_error": 4}
-    assert correlation_and_error(x, -x) == pytest.approx(opposite)
+    x = np.random.default_rng(0).normal(size=50)
+    x = (x - x.mean()) / x.std()
+    # r = 1; mean of (0.5 x - 0.1)^2 for x of mean 0 and variance 1: 0.25 + 0.01
+    for estimate, r, error in ((0.5 * x + 0.1, 1, 0.26), (-x, -1, 4)):
+        found = correlation_table(table_of(x, estimate), np.random.default_rng(0), 20).iloc[-1]
+        assert list(found[["r", "relative_error"]]) == pytest.approx([r, error])
 
 
 def test_stretching_raises_icc_and_error_as_the_module_states():
     x, noise = np.random.default_rng(0).normal(size=(2, 100_000))
     r = 0.6
-    shrunken = r * (
-        r * x + np.sqrt(1 - r**2) * noise
-    )  # least squares: SD is r times the reference's
+    # least squares: SD is r times the reference's
+    shrunken = r * (r * x + np.sqrt(1 - r**2) * noise)
     for s, estimate in ((r, shrunken), (1, shrunken / r)):
-        error = correlation_and_error(x[:, None], estimate[:, None])["relative_error"]
+        error = np.mean((estimate - x) ** 2) / x.var()
         # SE of a correlation of 100,000 pairs is 0.002; 5 of them
         assert icc(x, estimate)["icc"] == pytest.approx(2 * r * s / (1 + s**2), abs=0.01)
         assert error == pytest.approx(1 + s**2 - 2 * r * s, abs=0.01)
@@ -328,3 +333,30 @@ def test_cross_conformal_covers_and_calibrates_on_the_other_folds_only():
     assert table["covered"].equals((table["low"] <= reference) & (reference <= table["high"]))
     spoiled = estimate + 100.0 * (folds == 0)
     assert not cross_conformal(reference, spoiled, folds, sd)["covered"][folds == 0].any()
+
+
+# ---------------------------------------------------------------- what is refused
+@pytest.mark.parametrize("missing", [np.nan, None])
+def test_values_without_a_subject_are_refused_and_never_pooled(missing):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=30)
+    y = x + rng.normal(0, 0.5, 30)
+    named = np.repeat([f"S{k}" for k in range(6)], 5).astype(object)
+    unnamed = np.where(named == "S0", missing, named)
+    good = bootstrap_icc(x, y, named, np.random.default_rng(0), 100)
+    assert good == bootstrap_icc(x, y, pd.Series(named, index=x), np.random.default_rng(0), 100)
+    for subjects in (unnamed, list(unnamed), named[:-1]):
+        with pytest.raises(InputError, match=r"owner of (25|29) of 30"):
+            bootstrap_icc(x, y, subjects, np.random.default_rng(0), 100)
+        with pytest.raises(InputError, match="subjects"):
+            bland_altman(x, y, subjects, np.random.default_rng(0), 100)
+    with pytest.raises(InputError, match="at least 2"):
+        bootstrap_icc(x, y, np.repeat("S0", 30), np.random.default_rng(0), 100)
+
+
+def test_cross_conformal_refuses_missing_folds_and_useless_sds():
+    x = np.arange(6.0)
+    folds, sd = np.array([0, 0, 1, 1, 2, np.nan]), np.array([1, 1, 1, 1, 1, 0.0])
+    for wrong in ({"folds": folds}, {"folds": np.arange(5)}, {"folds": x, "sd": sd}):
+        with pytest.raises(InputError, match="one fold and one positive SD"):
+            cross_conformal(x, x + 1, **wrong)

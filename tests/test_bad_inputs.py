@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # to be run as a script too
 from dicom_export import edit, header, small, write_multiframe, write_series
 
 from ctsma import cli, cohort
-from ctsma_lab import runner
+from ctsma_lab import runner, views
 from dicom_import import import_dicom
 from dicom_import.checks import check_knees
 
@@ -155,6 +155,58 @@ def tilted(files):
         edit(file, ImagePositionPatient=[-20.0, 5.0 + 0.3 * number, 40.0 + 1.25 * number])
 
 
+def with_changes(**tags):
+    """A good series, of which the last five slices are changed (None: the element is deleted)."""
+    return damaged(lambda files: [edit(file, **tags) for file in files[5:]])
+
+
+def in_manifest(make, column="ct"):
+    """The series in a manifest of one knee, as a DICOM folder."""
+    images = {"ct": "", "mr": "", column: "in/a"}
+    return both(make, manifest(row(**images)))
+
+
+def rounded(files):
+    for number, file in enumerate(files):
+        z = round(40 + 0.625 * number, 2)
+        edit(file, ImagePositionPatient=[-20.0, 5.0, z])
+
+
+def without_preamble(files):
+    for file in files:
+        file.write_bytes(file.read_bytes()[132:])
+
+
+def two_echoes():
+    tags = {"modality": "MR", "image": small() + 200, "where": "in/a"}
+    first = series(series="1.2.3", EchoNumbers=1, EchoTime=6.0, **tags)
+    second = series(series="1.2.3.7", EchoNumbers=2, EchoTime=12.0, **tags)
+    files = Path("in/a")
+    return both(
+        first, second, lambda: [edit(file, SeriesInstanceUID="1.2.3") for file in files.iterdir()]
+    )
+
+
+def frames_without_positions():
+    file = write_multiframe(Path("in/a/all"), small())
+    tags = {"PixelSpacing": [0.5, 0.5], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+    tags["ImagePositionPatient"] = [0, 0, 0]
+    edit(file, PerFrameFunctionalGroupsSequence=None, **tags)
+
+
+def beside_the_slices():
+    """What lies in exported folders beside the slices, and says nothing about them."""
+    write_series(Path("in/a"), small())
+    Path("in/a/.DS_Store").write_bytes(b"\0\0\0\1Bud1" + bytes(600))
+    Path("in/a/notes.txt").write_text("SliceThickness 3")
+    Path("in/a/series.json").write_text("{}")
+    report = header("SR", "1.2.9", "1.2.3.9", np.zeros((10, 9), np.int16))
+    del report.Rows, report.Columns
+    report.save_as("in/a/report", enforce_file_format=True)
+    report.Modality = "CT"
+    report.save_as("in/a/DICOMDIR", enforce_file_format=True)
+
+
 def screen_copy(files):
     for file in files:
         edit(file, SOPClassUID="1.2.840.10008.5.1.4.1.1.7")
@@ -198,6 +250,31 @@ def linked_slice():
 def earlier_run():
     Path("runs/quick").mkdir(parents=True)
     Path("runs/quick/run.json").write_text(json.dumps({"profile": "tiny"}))
+
+
+OWN = COLUMNS + ",ct_labels"
+
+
+def knee_blocks(view=np.s_[:, :, :], hu=None, labels=None):
+    """ct.nii.gz of two blocks of bone with a notch (voxels of 1 mm), and labels.nii.gz."""
+
+    def make():
+        z, y, x = np.indices((70, 70, 90))
+        inside = (abs(x - 45) < 35) & (abs(y - 35) < 25) & (abs(z - 35) < 30)
+        femur = inside & (z > 37) & ((abs(x - 45) > 8) | (z > 46))
+        tibia = inside & (z < 33)
+        ct = np.where(femur | tibia, 900.0, np.where(abs(y - 35) > 30, -100.0, 50.0))
+        ct = hu(ct, z) if hu else ct
+        own = np.where(femur, 1, np.where(tibia, 2, 0))
+        own = labels(own) if labels else own
+        for array, name in ((ct, "ct.nii.gz"), (own, "labels.nii.gz")):
+            sitk.WriteImage(sitk.GetImageFromArray(array[view].astype(np.float32)), name)
+
+    return make
+
+
+def with_labels(name="labels.nii.gz"):
+    return manifest(row() + f",{name}", header_line=OWN)
 
 
 GOOD = nifti(knee_ct())
@@ -304,7 +381,7 @@ BAD = [
         "a slice that ends in its pixels",
         damaged(lambda files: truncated(files[5], 0.9)),
         IMPORT,
-        "cannot be read as a DICOM series (a truncated slice); export it again",
+        "cannot be read as a DICOM series (a truncated slice); export the original series",
         1,
         RECORD,
     ),
@@ -321,7 +398,7 @@ BAD = [
         "a tilted gantry",
         damaged(tilted),
         IMPORT,
-        "has a gantry tilt of 13.5 degrees; resample it upright",
+        "has a gantry tilt of 13.5 degrees (limit 0.5); resample it upright",
         1,
         RECORD,
     ),
@@ -414,7 +491,7 @@ BAD = [
             lambda: [edit(file, SeriesInstanceUID="1.2.3") for file in Path("in/b").iterdir()],
         ),
         [*IMPORT, "--echo", "7"],
-        "echo 1 of 2; --echo 1 takes it",
+        "echo 1 of 2 (TE 6 ms); --echo 1 takes it",
         1,
         SALT,
     ),
@@ -495,7 +572,7 @@ BAD = [
         "a damaged manifest of the cohort",
         both(series(), text("out/cohort.csv", "knee_id\nK1\n")),
         IMPORT,
-        "column subject_id is missing",
+        "has one column, knee_id; separate columns by comma, semicolon or tab",
         2,
         SALT,
     ),
@@ -510,20 +587,223 @@ BAD = [
         1,
         ("out/records/*.json", "out/images/*.nii.gz"),
     ),
+    # -------- DICOM series, by import and by check-data
+    Bad(
+        "rescale absent in half of the slices",
+        with_changes(RescaleSlope=None, RescaleIntercept=None),
+        IMPORT,
+        "lacks RescaleSlope in 5 of 10 slices; export the original series again",
+        1,
+        RECORD,
+    ),
+    Bad(
+        "rescale absent in half of the slices of a listed folder",
+        in_manifest(with_changes(RescaleSlope=None, RescaleIntercept=None)),
+        CHECK,
+        "lacks RescaleSlope in 5 of 10 slices",
+        1,
+    ),
+    Bad(
+        "another rescale intercept in half of the slices",
+        in_manifest(with_changes(RescaleIntercept=0)),
+        CHECK,
+        "RescaleIntercept differs by 1024 (limit 0)",
+        1,
+    ),
+    Bad(
+        "a rescale slope of 0",
+        in_manifest(series(RescaleSlope=0)),
+        CHECK,
+        "has a RescaleSlope that is no usable number",
+        1,
+    ),
+    Bad(
+        "another pixel spacing in half of the slices",
+        damaged(lambda files: [edit(file, PixelSpacing=[0.7, 0.7]) for file in files[6:]]),
+        IMPORT,
+        "holds slices whose PixelSpacing differs by 0.2 (limit 0.0001)",
+        1,
+        RECORD,
+    ),
+    Bad(
+        "no pixel spacing",
+        damaged(lambda files: [edit(file, PixelSpacing=None) for file in files]),
+        IMPORT,
+        "lacks PixelSpacing in 10 of 10 slices",
+        1,
+        RECORD,
+    ),
+    Bad(
+        "another matrix in half of the slices",
+        in_manifest(with_changes(Rows=9, Columns=10)),
+        CHECK,
+        "holds slices whose Rows differs by 1 (limit 0)",
+        1,
+    ),
+    Bad(
+        "a matrix that its pixels do not fill",
+        in_manifest(damaged(lambda files: [edit(file, Rows=9) for file in files])),
+        CHECK,
+        "holds 180 bytes of pixels where 162 are needed",
+        1,
+    ),
+    Bad(
+        "another orientation in half of the slices",
+        in_manifest(with_changes(ImageOrientationPatient=[0, 1, 0, 0, 0, -1])),
+        CHECK,
+        "holds slices whose ImageOrientationPatient differs by 1 (limit 0.001)",
+        1,
+    ),
+    Bad(
+        "image axes that are not at right angles",
+        in_manifest(
+            damaged(
+                lambda files: [
+                    edit(file, ImageOrientationPatient=[1, 0, 0, 0.6, 0.8, 0]) for file in files
+                ]
+            )
+        ),
+        CHECK,
+        "has image axes that are not at right angles",
+        1,
+    ),
+    Bad(
+        "a slice that is shifted in its plane",
+        in_manifest(damaged(lambda files: edit(files[4], ImagePositionPatient=[-18, 5, 45]))),
+        CHECK,
+        "has slice 5 shifted in its plane by 2.00 mm (limit 0.05 mm)",
+        1,
+    ),
+    Bad(
+        "all slices at one position",
+        in_manifest(
+            damaged(lambda files: [edit(file, ImagePositionPatient=[0, 0, 0]) for file in files])
+        ),
+        CHECK,
+        "holds several slices at one position; keep one per position",
+        1,
+    ),
+    Bad(
+        "another slice thickness in half of the slices",
+        damaged(lambda files: [edit(file, SliceThickness=3) for file in files[6:]]),
+        IMPORT,
+        "holds slices whose SliceThickness differs by 2 (limit 0.01)",
+        1,
+        RECORD,
+    ),
+    Bad(
+        "two patients in one series",
+        with_changes(PatientID="4712"),
+        IMPORT,
+        "mixes 2 patients; keep one series per folder",
+        1,
+        RECORD,
+    ),
+    Bad(
+        "two series in a listed folder",
+        in_manifest(with_changes(SeriesInstanceUID="1.2.4")),
+        CHECK,
+        "mixes 2 DICOM series; keep one series per folder",
+        1,
+    ),
+    Bad(
+        "two frames of reference in one series",
+        damaged(
+            lambda files: [
+                edit(file, FrameOfReferenceUID=f"1.5.{number // 5}")
+                for number, file in enumerate(files)
+            ]
+        ),
+        IMPORT,
+        "mixes 2 frames of reference",
+        1,
+        RECORD,
+    ),
+    Bad(
+        "an inverted grey scale",
+        with_changes(PhotometricInterpretation="MONOCHROME1"),
+        IMPORT,
+        "holds PhotometricInterpretation MONOCHROME1, MONOCHROME2 where MONOCHROME2 is wanted",
+        1,
+        RECORD,
+    ),
+    Bad(
+        "a CT folder listed as MR",
+        in_manifest(series(), "mr"),
+        CHECK,
+        "holds Modality CT where MR is wanted; give one series of MR slices",
+        1,
+    ),
+    Bad(
+        "two echoes of which none is chosen",
+        in_manifest(two_echoes(), "mr"),
+        CHECK,
+        "mixes 2 echoes: echo 1 (TE 6 ms), echo 2 (TE 12 ms); choose one",
+        1,
+    ),
+    Bad(
+        "a slice of a listed folder that ends in its header",
+        in_manifest(damaged(lambda files: truncated(files[9], 0.3))),
+        CHECK,
+        "Modality CT, not stated where CT is wanted",
+        1,
+    ),
+    Bad(
+        "one slice listed for its folder",
+        both(
+            series(),
+            lambda: Path("in/a/IM0003_1.2.3").rename("slice.dcm"),
+            manifest(row("slice.dcm")),
+        ),
+        CHECK,
+        "has only 1 slices, fewer than 8; give the whole series",
+        1,
+    ),
+    Bad(
+        "frames without positions",
+        in_manifest(frames_without_positions),
+        CHECK,
+        "lacks ImagePositionPatient",
+        1,
+    ),
+    Bad("positions rounded to 0.01 mm", damaged(rounded), IMPORT, "1 series imported", 0, COHORT),
+    Bad(
+        "slices without the preamble of DICOM files",
+        damaged(without_preamble),
+        IMPORT,
+        "1 series imported",
+        0,
+        COHORT,
+    ),
+    Bad(
+        "one SOPInstanceUID in all slices",
+        damaged(lambda files: [edit(file, SOPInstanceUID="1.2.3") for file in files]),
+        IMPORT,
+        "1 series imported",
+        0,
+        COHORT,
+    ),
+    Bad(
+        "other files beside the slices",
+        in_manifest(beside_the_slices),
+        CHECK,
+        "1 knees, 0 fatal findings",
+        0,
+    ),
     # -------- ctsma check-data
-    Bad("no manifest", lambda: None, CHECK, "does not exist; give the path of a manifest CSV", 2),
+    Bad("no manifest", lambda: None, CHECK, "does not exist; give the path of a CSV table", 2),
     Bad(
         "a manifest that is no table",
         lambda: Path("cohort.csv").write_bytes(b"\xff\xfe\0"),
         CHECK,
-        "not a CSV",
+        "is not UTF-8 text; save it as CSV UTF-8",
         2,
     ),
     Bad(
         "an empty manifest",
         text("cohort.csv", ""),
         CHECK,
-        "is not a CSV table; save it as UTF-8 CSV",
+        "is empty; give a table with a header line",
         2,
     ),
     Bad("a manifest of no knees", manifest(), CHECK, "lists no knee; add one row per knee", 2),
@@ -562,7 +842,7 @@ BAD = [
         "a name with a path in it",
         manifest(row(knee="../K1")),
         CHECK,
-        "knee_id = ../K1 holds more than letters, digits and hyphens",
+        "knee_id = ../K1 holds more than letters, digits, hyphens, underscores and dots",
         2,
     ),
     Bad(
@@ -673,7 +953,7 @@ BAD = [
         "slices of 3 mm",
         both(manifest(row()), nifti(knee_ct(), spacing=(0.5, 0.5, 3.0))),
         CHECK,
-        "slices every 3 mm hold little texture; export the thin ones",
+        "slices every 3 mm (at most 1.5 mm) hold little texture; export the thin ones",
         0,
     ),
     Bad(
@@ -687,7 +967,7 @@ BAD = [
         "padding outside the scanner's circle",
         both(manifest(row()), nifti(changed(knee_ct(), -2000))),
         CHECK,
-        "values down to -2000 HU are padding, not air",
+        "values down to -2000 HU (air has at least -1100 HU) are padding",
         0,
     ),
     Bad(
@@ -806,6 +1086,148 @@ BAD = [
         "run the study first: ctsma run",
         2,
     ),
+    # -------- field of view and own bone labels
+    Bad(
+        "a field of view that ends in the middle of the knee",
+        both(knee_blocks(np.s_[:, :, :45]), manifest(row())),
+        DEEP,
+        "show no notch between two condyles, and 33 mm of a tibia that a side of the image cuts",
+        1,
+    ),
+    Bad(
+        "a field of view that ends within one condyle",
+        both(knee_blocks(np.s_[:, :, :75]), manifest(row())),
+        DEEP,
+        "ends in bone at the patient's left over",
+        0,
+    ),
+    Bad(
+        "a field of view that cuts the front of the joint",
+        both(knee_blocks(np.s_[:, 25:, :]), manifest(row())),
+        DEEP,
+        "bearing surface ends 0.0 mm from the front of the image (at least 4)",
+        0,
+    ),
+    Bad(
+        "bones joined by a cast",
+        both(knee_blocks(hu=lambda ct, z: np.where(abs(z - 35) < 25, 300.0, ct)), manifest(row())),
+        DEEP,
+        "or give own bone labels (column ct_labels, or predict --labels)",
+        1,
+    ),
+    Bad(
+        "own labels with other values",
+        both(knee_blocks(labels=lambda own: own * 75), with_labels()),
+        DEEP,
+        "hold 3 values from 0 to 150; write 0 background, 1 femur, 2 tibia, no other",
+        1,
+    ),
+    Bad(
+        "own labels without a tibia",
+        both(knee_blocks(labels=lambda own: own % 2), with_labels()),
+        DEEP,
+        "hold no tibia (value 2) in the field of view of the CT",
+        1,
+    ),
+    Bad(
+        "own labels with femur and tibia exchanged",
+        both(knee_blocks(labels=lambda own: (3 - own) % 3), with_labels()),
+        DEEP,
+        "show 0 mm2 of femur (value 1) above tibia (value 2) (at least 400 mm2)",
+        1,
+    ),
+    Bad(
+        "own labels of another CT",
+        both(knee_blocks(labels=lambda own: np.roll(own, 8, axis=1)), with_labels()),
+        DEEP,
+        "lie off the femur",
+        1,
+    ),
+    Bad(
+        "own labels in pieces",
+        both(knee_blocks(labels=lambda own: own * (abs(np.arange(90) - 45) > 3)), with_labels()),
+        DEEP,
+        "of 2 pieces, the largest 50% of it (at least 90%); label one knee",
+        1,
+    ),
+    Bad(
+        "own labels that do not exist",
+        both(knee_blocks(), with_labels("none.nii.gz")),
+        DEEP,
+        "none.nii.gz: does not exist",
+        1,
+    ),
+    Bad(
+        "a path of own labels out by ..",
+        both(knee_blocks(), with_labels("../labels.nii.gz")),
+        DEEP,
+        "leads out of the cohort's root",
+        2,
+    ),
+    Bad(
+        "own labels for two CTs",
+        knee_blocks(),
+        ["predict", "a.nii.gz:L", "b.nii.gz:L", "--labels", "labels.nii.gz", "--out", "out"],
+        "--labels: belongs to one CT given by its path; list several in column ct_labels",
+        2,
+    ),
+    # -------- options and names
+    Bad(
+        "no process at all",
+        lambda: None,
+        ["simulate", "--out", "out", "--jobs", "0"],
+        "--jobs 0: is not between 1 and 1024; give a number in this range",
+        2,
+    ),
+    Bad(
+        "a negative seed",
+        lambda: None,
+        ["run", "--seed", "-1"],
+        "--seed -1: is not between 0 and 4294967295; give a number in this range",
+        2,
+    ),
+    Bad(
+        "a cohort of no knees",
+        lambda: None,
+        ["simulate", "--out", "out", "--knees", "0"],
+        "--knees 0: is not between 1 and 9999; give a number in this range",
+        2,
+    ),
+    Bad(
+        "a parameter out of its range",
+        lambda: None,
+        ["run", "--set", "epochs=0"],
+        "parameter epochs: is 0, not between 1 and 4294967295; give a number in this range",
+        2,
+    ),
+    Bad(
+        "a parameter that the command sets",
+        lambda: None,
+        ["run", "--set", "run_dir=x"],
+        "is set by ctsma run itself; give --name and --profile instead",
+        2,
+    ),
+    Bad(
+        "a run's name with two dots",
+        lambda: None,
+        ["run", "--name", ".."],
+        "give a name without / and ..",
+        2,
+    ),
+    Bad(
+        "a manifest's path of Windows that leads out",
+        manifest(row("..\\x.nii.gz")),
+        ["run", "--manifest", "cohort.csv"],
+        "leads out of the cohort's root",
+        2,
+    ),
+    Bad(
+        "a file name that is not UTF-8",
+        lambda: None,
+        ["predict", "kn\udce9e.nii.gz:R", "--out", "out"],
+        "is not UTF-8; rename the file or folder",
+        2,
+    ),
 ]
 
 
@@ -865,7 +1287,7 @@ def test_a_full_disk_is_reported_and_the_same_command_continues(tmp_path, bytes_
     assert not (tmp_path / "out" / "cohort.csv").exists()
     assert cli.main(["import", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
     manifest = cohort.read_manifest(tmp_path / "out" / "cohort.csv")
-    assert list(cohort.check_images(manifest)["problem"]) == [""]
+    assert list(views.check_images(manifest)["problem"]) == [""]
 
 
 def test_an_error_of_the_disk_is_one_sentence(monkeypatch, capsys):
@@ -915,7 +1337,7 @@ def test_import_and_check_need_no_network(tmp_path, monkeypatch):
     assert not findings["level"].eq("fatal").any()
 
 
-HEADER = """# Inputs that are refused
+HEADER = """# Inputs that are refused, or read in spite of a fault
 
 Each row is a test of tests/test_bad_inputs.py, which writes this page. Exit code 0: the command
 continued; 1: a series or an image was refused; 2: the input cannot be used at all. No existing file
@@ -930,7 +1352,7 @@ def table():
     """The bad inputs as a Markdown page."""
     rows = []
     for bad in BAD:
-        command = " ".join(["ctsma", *bad.command])
+        command = " ".join(["ctsma", *bad.command]).encode("utf-8", "backslashreplace").decode()
         left = ", ".join(f"`{name}`" for name in bad.left) or "none"
         rows.append(f"| {bad.given} | `{command}` | {bad.message} | {bad.code} | {left} |\n")
     return HEADER + "".join(rows)

@@ -511,3 +511,20 @@ def test_thresholded_ct_overestimates_thickness_and_flags_what_does_not_exist():
     assert small["flag"] == "voi too small" and np.isnan(small["bv_tv"])
     with pytest.raises(InputError, match="square pixels"):
         biomarkers.ct_threshold_biomarkers(hu, voi[0], spacing[::-1])
+
+
+def test_nan_in_a_volume_of_interest_is_outside():
+    rng = np.random.default_rng(0)
+    mask = gaussian_filter(rng.normal(size=(30, 30, 30)), 2) > 0
+    inside = np.zeros(mask.shape, bool)
+    inside[4:26, 4:26, 4:26] = True
+    voi = np.where(inside, 1.0, np.nan)
+    assert biomarkers.morphometry(mask, 0.05, voi) == biomarkers.morphometry(mask, 0.05, inside)
+    bone = gaussian_filter(rng.normal(size=(16, 48, 48)), 1.5) > 0.06
+    patch = gaussian_filter(900.0 - 700 * bone, 0.5)
+    region = np.zeros(patch.shape, bool)
+    region[2:14, 4:44, 4:44] = True
+    number = np.where(region, 1.0, np.nan)
+    found = biomarkers.mr_biomarkers(patch, number, MR_SPACING_MM)
+    assert found == biomarkers.mr_biomarkers(patch, region, MR_SPACING_MM)
+    assert found["flag"] == ""

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctsma.cache import imported_modules, map_knees, recorded_seconds, source_sha256
+from ctsma.cache import imported_modules, map_knees, source_sha256
 from ctsma.files import write_json
+from ctsma_lab.views import recorded_seconds
 
 
 def knees_of(*numbers):
@@ -114,3 +115,17 @@ def test_json_is_written_whole_with_plain_values(tmp_path):
         write_json(path, {"x": object()})
     assert json.loads(path.read_text()) == plain
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_belongs_to_the_knee_with_the_longest_name(tmp_path):
+    knees = pd.DataFrame({"knee_id": ["K1", "K1_b", "K1.c", "K12"], "ct": "ct.nii.gz"})
+    for _ in range(2):
+        map_knees(write_out, knees, tmp_path, {})
+    for knee_id in knees["knee_id"]:
+        record = json.loads((tmp_path / f"{knee_id}.json").read_text())
+        assert list(record["files"]) == [f"{knee_id}_out.txt"]
+
+
+def write_out(knee, folder):
+    (folder / f"{knee['knee_id']}_out.txt").write_text(knee["knee_id"])
+    return {}

@@ -11,9 +11,9 @@ from dicom_export import write_series
 from ctsma import cli, cohort, patches
 from ctsma.common import COMPARTMENTS, InputError
 from ctsma.registration import bone_masks
-from ctsma.registration.sides import side_of, split_knees
 from dicom_import import import_dicom
 from dicom_import.checks import check_knees
+from dicom_import.sides import side_of, split_knees
 from kneesim import write_cohort
 
 FIELD_MM = (96.0, 70.0, 62.0)  # a small knee: both plateaus, the head of the fibula
@@ -119,6 +119,47 @@ def test_check_data_writes_its_table_and_exits_with_1_when_fatal(knee, tmp_path,
     arguments = [str(tmp_path / "wrong.csv"), "--root", knee.attrs["root"], "--quick"]
     assert cli.main(["check-data", *arguments]) == 1
     assert "differs from ct_sha256" in capsys.readouterr().out
+
+
+def findings_of(knee, folder, image, **columns):
+    """Findings of the knee's row with another CT, without MR."""
+    cohort.write_volume(image, folder / "ct.nii.gz")
+    columns = {"ct": "ct.nii.gz", "ct_sha256": "", "mr": None, "mr_sha256": ""} | columns
+    knee.assign(**columns).to_csv(folder / "one.csv", index=False)
+    findings = check_knees(cohort.read_manifest(folder / "one.csv"))
+    return findings[findings["level"] != "good"]
+
+
+def test_a_field_of_view_that_ends_in_the_knee_is_found(knee, ct, tmp_path):
+    ct = sitk.DICOMOrient(ct, "LPS")
+    width, depth, _ = ct.GetSize()
+    for half in (ct[: width // 2], ct[width // 2 :]):
+        found = findings_of(knee, tmp_path, half)
+        assert found["level"].tolist() == ["fatal"]
+        assert "no notch between two condyles" in found["finding"].iloc[0]
+    found = findings_of(knee, tmp_path, ct[: int(0.8 * width)])
+    assert found["level"].tolist() == ["warning"]
+    assert "ends in bone at the patient's left over" in found["finding"].iloc[0]
+    found = findings_of(knee, tmp_path, ct[:, depth // 2 :])
+    assert "bearing surface ends 0.0 mm from the front of the image" in found["finding"].iloc[0]
+
+
+def test_own_labels_are_used_where_no_threshold_separates_the_bones(knee, ct, tmp_path):
+    masks = bone_masks(ct)
+    array, labels = (sitk.GetArrayFromImage(image) for image in (ct, masks))
+    rows = np.flatnonzero((labels == 2).any(axis=(1, 2)))
+    cast = array.copy()
+    cast[rows[-1] - 20 : rows[-1] + 30] = np.maximum(cast[rows[-1] - 20 : rows[-1] + 30], 300)
+    image = sitk.GetImageFromArray(cast)
+    image.CopyInformation(ct)
+    found = findings_of(knee, tmp_path, image)
+    assert "column ct_labels" in " ".join(found["finding"])
+    cohort.write_volume(masks, tmp_path / "labels.nii.gz")
+    found = findings_of(knee, tmp_path, image, ct_labels="labels.nii.gz")
+    assert found.empty, list(found["finding"])
+    (tmp_path / "labels.nii.gz").write_text("no image")
+    found = findings_of(knee, tmp_path, image, ct_labels="labels.nii.gz")
+    assert "labels.nii.gz: cannot be read" in found["finding"].iloc[0]
 
 
 # ---------------------------------------------------------------- CT alone

@@ -1,6 +1,7 @@
 """Reading a cohort: volumes, DICOM folders, manifest and splits, and what each refuses."""
 
 import gzip
+import struct
 
 import nibabel
 import numpy as np
@@ -12,6 +13,7 @@ import SimpleITK as sitk
 from ctsma import cohort
 from ctsma.common import InputError
 from ctsma.files import sha256_file
+from ctsma_lab import views
 
 
 def ct_array(shape=(12, 10, 9)):
@@ -97,6 +99,127 @@ def test_nifti_is_read_as_itk_reads_it_to_the_last_bit(tmp_path, dtype, scaling,
     assert ours.GetOrigin() == itk.GetOrigin()
     assert ours.GetDirection() == itk.GetDirection()
     assert ours.GetPixelID() == sitk.sitkFloat32
+
+
+def small_ct(shape=(9, 10, 12)):
+    return np.random.default_rng(0).integers(-120, 1400, shape).astype(np.int16)
+
+
+def edited(path, *edits, compress=True):
+    """The file of `write_nifti` with some header fields (offset, struct code, value) replaced."""
+    content = bytearray(write_nifti(path.with_name("good.nii"), small_ct()).read_bytes())
+    for offset, code, value in edits:
+        struct.pack_into("<" + code, content, offset, value)
+    path.write_bytes(gzip.compress(bytes(content), 1) if compress else bytes(content))
+    return path
+
+
+SLOPE, INTERCEPT, QUATERNION, SROW_X, PIXDIM = 112, 116, 256, 280, 76
+NO_QFORM, NO_SFORM = (252, "h", 0), (254, "h", 0)
+
+
+@pytest.mark.parametrize(
+    ("edits", "words"),
+    [
+        ([(SLOPE, "f", 1.0), (INTERCEPT, "f", np.nan)], "slope of 1 and an intercept of nan"),
+        ([(SLOPE, "f", np.inf)], "slope of inf"),
+        ([(SLOPE, "f", np.nan), (INTERCEPT, "f", -1024.0)], "slope of nan and an intercept"),
+        ([(70, "h", 1)], "data type code 1, not one"),
+        ([(70, "h", 7)], "data type code 7, not one"),
+        ([(70, "h", 32)], "data type code 32, not one"),  # complex
+        ([(70, "h", 128)], "data type code 128, not one"),  # RGB
+        ([(42, "h", -9)], "impossible dimensions"),
+        ([(40, "h", 0)], "impossible dimensions"),
+        ([(42, "h", 30000), (44, "h", 30000), (46, "h", 30000)], "truncated"),
+        ([(108, "f", 0.0)], "voxels at byte 0, before 352"),
+        ([(108, "f", np.nan)], "voxels at byte nan"),
+        ([(PIXDIM + 4, "f", 0.0)], "voxel size 0 x 0.42 x 0.7"),
+        ([(PIXDIM + 4, "f", np.nan)], "voxel size nan x"),
+        ([(PIXDIM + 4, "f", 0.62)], "0.31 x 0.42 x 0.7 in its affine, 0.62 x 0.42 x 0.7 in pixdim"),
+        ([NO_QFORM, (SROW_X, "f", np.nan)], "voxel size nan"),
+        ([NO_SFORM, (QUATERNION, "f", np.nan)], "voxel size nan"),
+        ([NO_SFORM, (QUATERNION, "f", 3.0)], "qform that is no rotation"),
+        ([(SROW_X + 12, "f", 50.0)], "corners up to 61.3 mm apart"),
+        ([(254, "h", 2), (SROW_X + 32, "3f", (0.0, 0.0, -0.7))], "corners up to"),
+        ([(123, "B", 3)], "a voxel of 0.00031"),  # micrometres
+        ([(344, "4s", b"ni1")], "one of a pair of files"),
+        ([(344, "4s", bytes(4))], "Analyze"),
+        ([(0, "i", 349)], "damaged header"),
+        ([(0, "i", 540), (4, "4s", b"n+2")], "NIfTI-2"),
+    ],
+)
+def test_a_nifti_header_that_cannot_be_right_is_refused_with_its_reason(tmp_path, edits, words):
+    flat = [
+        e if not isinstance(e[2], tuple) else (e[0], "12s", np.float32(e[2]).tobytes())
+        for e in edits
+    ]
+    with pytest.raises(InputError) as caught:
+        cohort.read_volume(edited(tmp_path / "ct.nii.gz", *flat), "CT")
+    assert words in str(caught.value)
+
+
+def test_a_sheared_sform_is_refused_with_its_angle(tmp_path):
+    affine = np.diag([0.31, 0.42, 0.7, 1.0])
+    affine[:2, 1] = 0.42 * np.cos(np.radians(80)), 0.42 * np.sin(np.radians(80))
+    nibabel.save(nibabel.Nifti1Image(small_ct(), affine), tmp_path / "ct.nii.gz")
+    with pytest.raises(InputError, match="is sheared .its axes meet at 80 degrees, not 90"):
+        cohort.read_volume(tmp_path / "ct.nii.gz", "CT")
+
+
+@pytest.mark.parametrize(
+    ("name", "compress", "ending"),
+    [("ct.nii.gz", False, ".nii"), ("ct.nii", True, ".nii.gz"), ("ct.mha", False, ".nii")],
+)
+def test_a_nifti_file_of_another_ending_is_to_be_renamed(tmp_path, name, compress, ending):
+    path = edited(tmp_path / name, compress=compress)
+    with pytest.raises(InputError, match=f"rename it to end in {ending}[.]$"):
+        cohort.read_volume(path, "CT")
+    path = path.rename(tmp_path / f"renamed{ending}")
+    assert cohort.read_volume(path, "CT").GetSize() == (9, 10, 12)
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [(SLOPE, "f", 0.0), (INTERCEPT, "f", np.nan)],
+        [(SLOPE, "f", 0.0), (INTERCEPT, "f", -3.0)],
+        [(SLOPE, "f", np.nan), (INTERCEPT, "f", np.nan)],
+        [(SLOPE, "f", np.nan), (INTERCEPT, "f", 0.0)],
+        [NO_SFORM, (PIXDIM, "f", 0.0)],  # qfac 0 means 1
+        [(40, "4h", (4, 9, 10, 12)), (48, "h", 1)],  # four dimensions, one volume
+    ],
+)
+def test_odd_headers_that_the_standard_allows_are_read(tmp_path, edits):
+    flat = [
+        e if not isinstance(e[2], tuple) else (e[0], "8s", np.int16(e[2]).tobytes()) for e in edits
+    ]
+    image = cohort.read_volume(edited(tmp_path / "ct.nii.gz", *flat), "CT")
+    good = cohort.read_volume(edited(tmp_path / "plain.nii.gz"), "CT")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(good))
+    np.testing.assert_allclose(image.GetDirection(), good.GetDirection(), atol=1e-6)
+    assert image.GetSpacing() == good.GetSpacing()
+
+
+def test_a_nifti_header_with_any_damage_is_read_whole_or_refused_in_words(tmp_path):
+    rng = np.random.default_rng(0)
+    good = bytearray(edited(tmp_path / "good.nii", compress=False).read_bytes())
+    voxels, n_read = good[352:], 0
+    for _ in range(300):
+        content = good.copy()
+        for place in rng.integers(0, 348, rng.integers(1, 4)):
+            content[place] = rng.integers(256)
+        (tmp_path / "ct.nii").write_bytes(content)
+        try:
+            image = cohort.read_volume(tmp_path / "ct.nii", "CT")
+        except InputError as error:
+            assert "ct.nii: " in str(error)
+            continue
+        n_read += 1
+        assert np.isfinite(image.GetOrigin() + image.GetDirection()).all()
+        assert abs(np.linalg.det(np.reshape(image.GetDirection(), (3, 3)))) == pytest.approx(1)
+        assert 0.05 < min(image.GetSpacing()) <= max(image.GetSpacing()) < 10
+    assert 50 < n_read < 300
+    assert len(voxels) == small_ct().nbytes
 
 
 def test_same_volume_gives_the_same_bytes(tmp_path):
@@ -217,7 +340,7 @@ def test_broken_stacks_are_refused(tmp_path, positions, words):
 
 def test_mixed_series_wrong_modality_and_no_dicom_are_refused(tmp_path):
     folder = dicom_series(tmp_path / "ct", stack())
-    with pytest.raises(InputError, match="holds modality CT where MR is wanted"):
+    with pytest.raises(InputError, match="holds Modality CT where MR is wanted"):
         cohort.read_volume(folder, "MR")
     dicom_series(folder, [(x, y, z + 100) for x, y, z in stack()], series="1.2.4")
     with pytest.raises(InputError, match="mixes 2 DICOM series"):
@@ -283,13 +406,70 @@ def test_every_problem_of_a_manifest_is_reported_at_once(tmp_path):
         "row 2: age = old is not a number",
         "row 2: knee_id = K1 occurs twice",
         "row 3: side = right is not L or R",
-        "row 4: knee_id = K 3 holds more than letters, digits and hyphens",
+        "row 4: knee_id = K 3 holds more than letters, digits, hyphens, underscores and dots",
         "row 4: kl_grade = 7.0 is not 0, 1, 2, 3 or 4",
         "row 4: bmi = 900.0 is not between 8 and 100",
         "row 4 names neither a CT nor an MR",
         "row 5 repeats a subject's side",
     ):
         assert caught.value.problem.count(words) == 1, caught.value.problem
+
+
+def as_text(*rows):
+    return pd.DataFrame(rows).to_csv(index=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace(",", ";").replace("63.5", "63,5"),
+        lambda text: text.replace(",", "\t").replace("63.5", "63,5"),
+        lambda text: text.replace("63.5", '"63,5"'),
+        lambda text: "\ufeff" + text,
+        lambda text: "sep=;\n" + text.replace(",", ";"),
+        lambda text: "\n\n" + text.replace("\n", "\n\n" + "," * 12 + "\n"),
+        lambda text: text.replace("\n", ",\n"),
+        lambda text: text.replace(",", ", ").replace("\n", "\r\n"),
+    ],
+)
+def test_a_manifest_is_read_however_a_spreadsheet_saves_it(tmp_path, change):
+    rows = row("sub-01_R", "OAI_9014797", ct="0001", site="007", age=63.5), row("a.b", "S2")
+    (tmp_path / "good.csv").write_text(as_text(*rows))
+    (tmp_path / "cohort.csv").write_bytes(change(as_text(*rows)).encode())
+    found = cohort.read_manifest(tmp_path / "cohort.csv")
+    pd.testing.assert_frame_equal(found, cohort.read_manifest(tmp_path / "good.csv"))
+    assert list(found.loc[0, ["knee_id", "ct", "site", "age"]]) == ["sub-01_R", "0001", "007", 63.5]
+
+
+def test_row_numbers_are_those_of_the_file(tmp_path):
+    text = "\n" + as_text(row("K1", "S1"), row("K 2", "S2")).replace("\n", "\n\n")
+    (tmp_path / "cohort.csv").write_text(text)
+    with pytest.raises(InputError, match="row 6: knee_id = K 2 holds more than"):
+        cohort.read_manifest(tmp_path / "cohort.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty; give a table"),
+        ("\n,,,\n", "is empty; give a table"),
+        ("knee_id|subject_id\nK1|S1\n", "has one column, knee_id|subject_id; separate columns by"),
+        ("knee_id,age,age\nK1,1,2\n", "names age twice"),
+        ("knee_id,age\nK1,63,5\n", "Expected 2 fields in line 2, saw 3"),
+    ],
+)
+def test_what_is_no_table_is_refused_in_one_sentence(tmp_path, text, words):
+    (tmp_path / "cohort.csv").write_text(text)
+    with pytest.raises(InputError) as caught:
+        cohort.read_manifest(tmp_path / "cohort.csv")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("other", ["K1_rescan", "K1_stages", "K1_rescan_stages", "k1"])
+def test_two_knees_never_share_file_names(tmp_path, other):
+    with pytest.raises(InputError, match=f"row 3: knee_id = {other} would share its files"):
+        cohort.read_manifest(manifest(tmp_path, row("K1", "S1"), row(other, "S2")))
+    assert len(cohort.read_manifest(manifest(tmp_path, row("K2", "S1"), row("K1_rescan", "S2"))))
 
 
 def test_missing_and_misspelt_columns_are_named(tmp_path):
@@ -322,7 +502,7 @@ def test_check_images_names_every_bad_image_and_goes_on(tmp_path):
         row("K3", "S3", ct="absent.nii.gz"),
         row("K4", "S4", ct="good.nii.gz", ct_sha256="0" * 64),
     ]
-    table = cohort.check_images(cohort.read_manifest(manifest(tmp_path, *rows)))
+    table = views.check_images(cohort.read_manifest(manifest(tmp_path, *rows)))
     assert list(table.loc[0, ["problem", "size"]]) == ["", "9 x 10 x 12"]
     for problem, words in zip(
         table["problem"][1:], ("HU", "does not exist", "differs from ct_sha256"), strict=True
@@ -337,7 +517,7 @@ def test_table_one_gives_means_shares_and_standardised_differences():
             for i in range(4)
         ]
     )
-    table = cohort.table_one(frame)
+    table = views.table_one(frame)
     assert table.loc["age", "no OA"] == "55.0 (7.1)"
     assert table.loc["age", "SMD"] == pytest.approx(
         20 / np.sqrt(50), abs=0.01
@@ -394,3 +574,17 @@ def test_wrong_splits_are_refused(tmp_path):
         cohort.check_splits(splits.assign(fold=splits["fold"] + 1), frame)
     with pytest.raises(InputError, match="n_folds"):
         cohort.make_splits(frame, 7, seed=0)
+
+
+def test_folds_without_enough_training_subjects_are_refused_at_once(tmp_path):
+    rows = [row(f"K{i}", f"S{i}", oa=i % 2, mr="mr.nii.gz") for i in range(5)]
+    frame = cohort.read_manifest(manifest(tmp_path, *rows))
+    with pytest.raises(InputError, match="leaves 2 subjects with CT and MR to train on"):
+        cohort.stored_splits(frame, 2, seed=0)
+    assert not cohort.splits_path(tmp_path / "cohort.csv").exists()
+    assert cohort.stored_splits(frame, 5, seed=0)["fold"].nunique() == 5
+    text = cohort.splits_path(tmp_path / "cohort.csv").read_text()
+    cohort.splits_path(tmp_path / "cohort.csv").write_text(text.replace(",", ";") + "\n")
+    assert cohort.stored_splits(frame, 5, seed=0)["fold"].dtype == np.int64
+    with pytest.raises(InputError, match="missing for a knee"):
+        cohort.check_splits(cohort.make_splits(frame, 5, seed=0), frame.assign(subject_id=None))

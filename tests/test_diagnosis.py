@@ -16,18 +16,17 @@ from ctsma.diagnosis import (
     auc_delong,
     bootstrap_auc,
     calibration,
-    calibration_curve,
     compare_delong,
     compartment_means,
     cross_validate_arms,
     cross_validate_tabular,
-    net_benefit,
     permute_labels,
     roc_band,
     sensitivity_at_specificity,
     tokens_by_arm,
 )
 from ctsma.diagnosis.statistics import hanley_mcneil_se
+from ctsma_lab.views import calibration_curve, label_problem, net_benefit
 
 # Hanley & McNeil 1982, Radiology 143, table I: CT ratings 1..5 of 58 normal and 51 abnormal
 # patients
@@ -445,3 +444,52 @@ def test_explanation_is_the_score_and_its_deletions(checks):
     for name in checks.DELETED:
         removed = knees[name].first()
         assert removed.between(0, 1).all() and (removed != score).mean() > 0.8  # few are saturated
+
+
+# ---------------------------------------------------------------- small and odd cohorts
+def test_the_other_knee_of_each_subject_may_be_the_control():
+    labels, subjects = np.tile([1, 0], 12), np.repeat(np.arange(12), 2)
+    scores = np.random.default_rng(0).normal(labels)
+    found = bootstrap_auc(labels, scores, subjects, np.random.default_rng(0), 500)
+    assert found["auc"] == pytest.approx(brute_force(labels, scores)[0])
+    assert 0 < found["ci_low"] < found["auc"] < found["ci_high"] <= 1
+    # Each OA knee is above its own control and those of all earlier subjects: with shares w of the
+    # subjects the AUC is the sum of w_j w_k over j <= k, (1 + sum of w^2) / 2.
+    apart = np.repeat(np.arange(12.0), 2) + np.tile([0.5, 0], 12)
+    rng = np.random.default_rng(1)
+    shares = rng.multinomial(12, np.full(12, 1 / 12), 500) / 12
+    expected = 0.5 + (shares**2).sum(axis=1) / 2
+    found = bootstrap_auc(labels, apart, subjects, np.random.default_rng(1), 500)
+    limits = np.percentile(expected, [2.5, 97.5])
+    assert [found["ci_low"], found["ci_high"]] == pytest.approx(list(limits))
+    band = roc_band(labels, scores, subjects, np.random.default_rng(0), 200)
+    assert band.notna().all(axis=None)
+    assert (band["low"] <= band["tpr"]).all()
+
+
+def test_resamples_without_controls_are_left_out():
+    # Subjects 0 to 2 have two OA knees, subject 3 one of each and subject 4 too: no healthy subject
+    labels = np.array([1, 1, 1, 1, 1, 1, 1, 0, 1, 0])
+    subjects = np.repeat(np.arange(5), 2)
+    found = bootstrap_auc(labels, labels + 0.0, subjects, np.random.default_rng(0), 200)
+    assert found == {"auc": 1.0, "ci_low": 1.0, "ci_high": 1.0}
+
+
+def test_a_knee_without_subject_is_refused():
+    labels, scores = np.tile([1, 0], 6), np.arange(12.0)
+    subjects = np.where(np.arange(12) < 2, np.nan, np.arange(12.0))
+    for function in (bootstrap_auc, roc_band):
+        with pytest.raises(InputError, match="owner of 10 of 12"):
+            function(labels, scores, subjects, np.random.default_rng(0), 50)
+
+
+def test_labels_that_cannot_be_diagnosed_are_named_before_training():
+    knees = pd.DataFrame({"knee_id": [f"K{k}" for k in range(6)], "ct": "ct", "mr": "mr"})
+    knees["subject_id"] = [f"S{k}" for k in range(6)]
+    splits = pd.DataFrame({"subject_id": knees["subject_id"], "fold": [0, 1, 0, 1, 0, 1]})
+    assert label_problem(knees.assign(oa=[0, 0, 1, 1, 0, 1]), splits) == ""
+    assert "one class only" in label_problem(knees.assign(oa=[0, 1, 0, 1, 0, 1]), splits)
+    assert "0 OA and 6 other" in label_problem(knees.assign(oa=0.0), splits)
+    assert "0 OA and 0 other" in label_problem(knees.assign(oa=np.nan), splits)
+    with pytest.raises(InputError, match="no patch of a knee with an OA label"):
+        tokens_by_arm(pd.DataFrame({"arm": ["a"], "knee_id": ["K0"]}), [])

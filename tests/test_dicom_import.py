@@ -10,10 +10,14 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from dicom_export import edit, small, write_multiframe, write_series
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydicom.data import get_testdata_file
 
 import dicom_import
 from ctsma import cohort
+from ctsma.cohort.dicom import is_dicom, read_headers
+from ctsma.common import InputError
 from ctsma.files import sha256_file
 from dicom_import.checks import check_knees
 from dicom_import.choice import COLUMNS, sharpness
@@ -238,6 +242,188 @@ def test_a_multiframe_ct_is_one_volume_in_hu(tmp_path):
     np.testing.assert_allclose(back.GetOrigin(), image.GetOrigin(), atol=1e-4)
 
 
+def test_a_multiframe_ct_is_read_alike_from_file_folder_and_import(tmp_path):
+    file = write_multiframe(tmp_path / "in" / "all", small())
+    (tmp_path / "in" / ".DS_Store").write_bytes(b"\0\0\0\1Bud1" + bytes(600))
+    bring(tmp_path / "in", tmp_path / "cohort")
+    imported = next((tmp_path / "cohort" / "images").iterdir())
+    volumes = [cohort.read_volume(path, "CT") for path in (file, file.parent, imported)]
+    for volume in volumes[1:]:
+        np.testing.assert_array_equal(
+            sitk.GetArrayFromImage(volume), sitk.GetArrayFromImage(volumes[0])
+        )
+        np.testing.assert_allclose(volume.GetSpacing(), volumes[0].GetSpacing(), rtol=1e-6)
+        np.testing.assert_allclose(volume.GetOrigin(), volumes[0].GetOrigin(), atol=1e-4)
+        np.testing.assert_allclose(volume.GetDirection(), volumes[0].GetDirection(), atol=1e-6)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_frames_and_slices_of_one_oblique_volume_are_the_same_image(tmp_path, reverse):
+    image = small() // 2 * 2
+    turn = sitk.Euler3DTransform()
+    turn.SetRotation(0.3, -0.2, 0.1)
+    image.SetDirection(turn.GetMatrix())
+    write_series(tmp_path / "slices", image)
+    write_multiframe(tmp_path / "frames" / "all", image[:, :, ::-1] if reverse else image)
+    slices, frames = (cohort.read_volume(tmp_path / x, "CT") for x in ("slices", "frames"))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(slices), sitk.GetArrayFromImage(frames))
+    for point in ((0, 0, 0), (8, 9, 9)):
+        np.testing.assert_allclose(
+            slices.TransformIndexToPhysicalPoint(point),
+            frames.TransformIndexToPhysicalPoint(point),
+            atol=1e-4,
+        )
+
+
+def test_each_mr_slice_is_rescaled_by_its_own_slope(tmp_path):
+    image = small() + 200
+    files = write_series(tmp_path / "a", image, modality="MR", RescaleIntercept=0)
+    slopes = 1 + 0.25 * np.arange(len(files))
+    for file, slope in zip(files, slopes, strict=True):
+        edit(file, RescaleSlope=slope)
+    back = sitk.GetArrayFromImage(cohort.read_volume(tmp_path / "a", "MR"))
+    expected = sitk.GetArrayFromImage(image) * slopes[:, None, None]
+    np.testing.assert_allclose(back, expected, rtol=1e-6)
+
+
+def test_echoes_without_numbers_are_counted_by_echo_time(tmp_path):
+    for name, time, level in (("a", 12.0, 500), ("b", 6.0, 200)):
+        write_series(tmp_path / name, small() + level, modality="MR", series=f"1.2.{level}")
+        for file in (tmp_path / name).iterdir():
+            edit(file, EchoTime=time, EchoNumbers=1, SeriesInstanceUID="1.2.3")
+            file.rename(tmp_path / f"{name}{file.name}")
+        (tmp_path / name).rmdir()
+    with pytest.raises(InputError, match=r"echo 1 \(TE 6 ms\), echo 2 \(TE 12 ms\)"):
+        cohort.read_volume(tmp_path, "MR")
+    second = cohort.read_volume(tmp_path, "MR", echo=2)
+    assert sitk.GetArrayFromImage(second).min() == -120 + 500
+    done = bring(tmp_path, tmp_path / "out" / "cohort", echo=2)
+    volume = sitk.ReadImage(str(next((tmp_path / "out" / "cohort" / "images").iterdir())))
+    assert list(done.table["status"]).count("imported") == 1
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(volume), sitk.GetArrayFromImage(second))
+
+
+def test_two_fields_of_view_in_one_series_are_two_stacks(tmp_path):
+    fine, coarse = small(), small()
+    coarse.SetSpacing((1.0, 1.2, 1.25))
+    write_series(tmp_path / "in" / "a", fine)
+    for file in write_series(tmp_path / "in" / "b", coarse, series="1.2.9"):
+        edit(file, SeriesInstanceUID="1.2.3")
+    done = bring(tmp_path / "in", tmp_path / "cohort")
+    assert sorted(done.table["spacing_mm"]) == [0.6, 1.2]
+    assert sorted(done.table["status"]) == ["imported", "left out"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"text",
+        b"\0\0\0\1Bud1" + bytes(200),
+        b'{"SliceThickness": 3}',
+        b"\x5c\1\0\0" + bytes(344) + b"n+1\0",  # a NIfTI header
+        np.full(400, 2, np.uint16).tobytes(),  # a raw label map
+        np.full(400, 8, np.uint16).tobytes(),
+    ],
+)
+def test_other_files_are_not_taken_for_dicom_without_preamble(tmp_path, content):
+    (tmp_path / "a").write_bytes(content)
+    assert not is_dicom(tmp_path / "a")
+    assert read_headers(tmp_path / "a", ["Modality"]) == []
+
+
+# ---------------------------------------------------------------- changed at random
+NUMBERS = st.sampled_from([0, 1, -1, 2, 0.5, 1e-5, 1e6, 1024])
+CHANGES = {  # element: what it becomes; None deletes it
+    "PixelSpacing": st.one_of(st.none(), st.lists(NUMBERS, min_size=1, max_size=3)),
+    "ImageOrientationPatient": st.sampled_from(
+        [None, [0, 1, 0, 1, 0, 0], [1, 0, 0, 0, 0, -1], [-1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0.9, 0]]
+        + [[1, 0, 0], [0, 0, 0, 0, 0, 0], [1, 0, 0, 0.0005, 1, 0]]
+    ),
+    "ImagePositionPatient": st.one_of(
+        st.none(), st.tuples(NUMBERS, NUMBERS, NUMBERS).map(list), st.lists(NUMBERS, max_size=2)
+    ),
+    "RescaleSlope": st.one_of(st.none(), NUMBERS),
+    "RescaleIntercept": st.one_of(st.none(), NUMBERS),
+    "SliceThickness": st.one_of(st.none(), NUMBERS),
+    "Rows": st.sampled_from([None, 0, 9, 10, 5, 60000]),
+    "Columns": st.sampled_from([None, 0, 9, 10, 18]),
+    "BitsAllocated": st.sampled_from([None, 8, 32]),
+    "PixelRepresentation": st.sampled_from([0, 1]),
+    "SamplesPerPixel": st.sampled_from([1, 3]),
+    "PhotometricInterpretation": st.sampled_from([None, "MONOCHROME1", "RGB", "PALETTE COLOR"]),
+    "NumberOfFrames": st.sampled_from([0, 1, 2, 10]),
+    "Modality": st.sampled_from([None, "MR", "SR", ""]),
+    "SeriesInstanceUID": st.sampled_from([None, "1.2.4"]),
+    "SOPInstanceUID": st.sampled_from([None, "1.2.4"]),
+    "FrameOfReferenceUID": st.sampled_from(["1.7", "1.8"]),
+    "EchoTime": st.sampled_from([0, 6, "6.5"]),
+    "EchoNumbers": st.one_of(NUMBERS.map(int), st.just([1, 2])),
+}
+CHANGE = st.sampled_from(sorted(CHANGES)).flatmap(
+    lambda name: st.tuples(st.just(name), CHANGES[name], st.sampled_from([1, 3, 10]))
+)
+
+
+def changed_series(folder, changes, cut):
+    """A good series with its first 1, 3 or all 10 slices changed, and one file cut short."""
+    files = write_series(folder, small())
+    for name, value, n_slices in changes:
+        for file in files[:n_slices]:
+            data = pydicom.dcmread(file)
+            if value is not None:
+                setattr(data, name, value)
+            elif name in data:
+                delattr(data, name)
+            pydicom.dcmwrite(file, data, enforce_file_format=False)
+    if cut is not None:
+        share, shown = cut
+        content = files[4].read_bytes()
+        files[4].write_bytes(content[132:] if shown else content[: int(len(content) * share)])
+    return files
+
+
+def assert_as_in_the_headers(image, files):
+    """Each slice has the place and the values that its own header gives it."""
+    array, found = sitk.GetArrayFromImage(image), set()
+    for file in files:
+        data = pydicom.dcmread(file, force=True)
+        rows, columns = np.reshape(np.array(data.ImageOrientationPatient, float), (2, 3))
+        corner = np.array(data.ImagePositionPatient, float)
+        last = corner + rows * (data.Columns - 1) * float(data.PixelSpacing[1])
+        last += columns * (data.Rows - 1) * float(data.PixelSpacing[0])
+        k = round(image.TransformPhysicalPointToContinuousIndex(corner)[2])
+        size = image.GetSize()
+        ours = image.TransformIndexToPhysicalPoint((0, 0, k))
+        np.testing.assert_allclose(ours, corner, atol=0.1)
+        ours = image.TransformIndexToPhysicalPoint((size[0] - 1, size[1] - 1, k))
+        np.testing.assert_allclose(ours, last, atol=0.1)
+        stored = np.frombuffer(data.PixelData, np.int16).reshape(data.Rows, data.Columns)
+        slope = float(data.get("RescaleSlope", 1))
+        expected = stored * slope + float(data.get("RescaleIntercept", 0))
+        np.testing.assert_allclose(array[k], expected, rtol=1e-5, atol=1e-3)
+        found.add(k)
+    assert found == set(range(len(array)))
+
+
+@pytest.mark.filterwarnings("ignore")  # pydicom warns of the values that are written here
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(
+    changes=st.lists(CHANGE, min_size=1, max_size=2),
+    cut=st.one_of(st.none(), st.tuples(st.floats(0, 1), st.booleans())),
+)
+def test_a_changed_series_is_read_as_its_headers_say_or_refused(tmp_path_factory, changes, cut):
+    folder = tmp_path_factory.mktemp("series")
+    files = changed_series(folder, changes, cut)
+    try:
+        image = cohort.read_volume(folder, "CT")
+    except InputError as error:
+        assert error.problem
+        assert error.remedy
+        return
+    assert_as_in_the_headers(image, files)
+
+
 def test_one_bad_series_never_stops_the_rest(tmp_path):
     write_series(tmp_path / "export" / "a", small())
     bad = write_series(tmp_path / "export" / "b", small(), series="1.2.4", PatientID="4712")
@@ -263,7 +449,7 @@ def test_the_real_series_is_imported_once_side_and_echo_are_given(real_data, tmp
     np.testing.assert_allclose(back.GetDirection(), direct.GetDirection(), atol=1e-6)
     found = check_knees(manifest)
     assert list(found["level"]) == ["good", "warning"]
-    assert "0.62 mm are coarser" in found["finding"][1]
+    assert "pixels are 0.62 mm, at most 0.35 mm" in found["finding"][1]
 
 
 def test_the_whitelist_keeps_no_identifying_element():

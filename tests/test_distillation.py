@@ -32,6 +32,7 @@ from ctsma.distillation.data import augment_ct, make_input
 from ctsma.distillation.training import TeacherCache, gaussian_nll, predict_with_sd, train
 from ctsma.models import apply_ridge, build, to_ct_grid
 from ctsma.patches import Patches
+from ctsma_lab.training_views import patch_correlation, read_records
 
 STUDY_ARMS = ["hu_regression", "hu_regression_calibrated", "mr_teacher", "ct_only", "ct_residual"]
 STUDY_ARMS += ["ct_sma", "ct_sma_plus"]
@@ -256,7 +257,7 @@ def test_the_weights_of_least_validation_error_are_kept_and_a_finished_candidate
         cross_validate(patches, *options)
     assert len(list(tmp_path.glob("ct_sma_fold0_seed0_*_0.checkpoint"))) == 1
     cross_validate(patches, *options)
-    for record in distillation.read_records(tmp_path, "ct_sma"):
+    for record in read_records(tmp_path, "ct_sma"):
         assert len(record["validation_mse"]) == 2
         best = gammas[int(np.argmin(record["validation_mse"]))]
         assert record["loss_weights"] == {"feature_l1": best}
@@ -470,7 +471,7 @@ def test_patch_correlation_is_one_in_place_and_falls_with_the_shift():
     found = {}
     for shift in (0, 2, 4, 8):  # MR pixels of 0.22 mm
         ct = 900 * to_ct_grid(bone[:, 3:15, 24 + shift : 72 + shift, 24:72]) + noise
-        found[shift] = distillation.patch_correlation(ct, mr, voi)
+        found[shift] = patch_correlation(ct, mr, voi)
     np.testing.assert_allclose(found[0], 1, atol=0.02)
     assert (found[0] > found[2]).all() and (found[2] > found[4]).all() and (found[8] < 0.3).all()
-    assert not distillation.patch_correlation(ct, np.ones_like(mr), voi).any()
+    assert not patch_correlation(ct, np.ones_like(mr), voi).any()

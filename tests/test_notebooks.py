@@ -13,8 +13,8 @@ import pytest
 
 from ctsma.arms import COMPARISONS
 from ctsma.common import BIOMARKERS, BONES
-from ctsma.run import RESULTS
 from ctsma_lab import runner
+from ctsma_lab.run import RESULTS
 from kneesim import protocol_sha256
 
 ORIGIN = {"schema_version", "profile", "seed", "protocol_sha256", "manifest_sha256"}

@@ -1,5 +1,7 @@
 """Patches: geometry in closed form, direction of transforms, region of interest, and tables."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -229,3 +231,77 @@ def test_cortical_hu_scales_with_the_scanner():
     ct, masks = shafts()
     before, after = patches.cortical_hu(ct, masks), patches.cortical_hu(ct * 1.2, masks)
     assert after == pytest.approx({name: 1.2 * hu for name, hu in before.items()}, rel=1e-6)
+
+
+# ---------------------------------------------------------------- compartments by anatomy
+def condyles(closed_medial=False):
+    """`knee_masks` with a notch of 18 mm in the femur; closed: medial of it no gap is left."""
+    masks = knee_masks()
+    x, _, z = np.moveaxis(patches.grid_points(masks), -1, 0)
+    labels = sitk.GetArrayFromImage(masks)
+    labels[(abs(x) < 9) & (z > 0) & (z < 20)] = 0
+    if closed_medial:
+        labels[(x > 0) & (z == 4) & (labels > 0)] = BONES["tibia"]  # within the femur
+    cut = sitk.GetImageFromArray(labels)
+    cut.CopyInformation(masks)
+    return cut
+
+
+def test_the_notch_names_the_compartments_of_a_partly_cut_knee():
+    whole = patches.bearing_surface(condyles(), "R")
+    assert set(whole["place"]) == {"medial", "lateral"}
+    assert whole["u"].tolist() == pytest.approx(whole["x"].tolist())  # the notch is at x = 0
+    for part in (condyles()[:68, :, :], condyles()[23:, :, :]):  # 13 mm of 26 mm of a condyle
+        found = whole.merge(patches.bearing_surface(part, "R"), on=["x", "y"])
+        assert len(found) > 0.6 * len(whole)
+        assert (found["place_x"] == found["place_y"]).all()
+
+
+@pytest.mark.parametrize("half", [slice(0, 45), slice(45, 90), slice(0, 52)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_half_a_knee_in_view_is_refused(half, padded):
+    masks = condyles()
+    part = masks[half, :, :]
+    if padded:  # the image goes on, without the bone
+        part = sitk.Resample(part, masks, sitk.Transform(), sitk.sitkNearestNeighbor)
+    reason = "(at least 60 mm)" if padded else "that a side of the image cuts"
+    words = f"no notch between two condyles, and .. mm of a tibia {re.escape(reason)}"
+    with pytest.raises(InputError, match=words):
+        patches.patch_centres(part, "R", 3, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(("side", "open_place"), [("R", "lateral"), ("L", "medial")])
+def test_a_closed_gap_leaves_its_compartment_out_and_names_the_other(side, open_place):
+    found = patches.patch_centres(condyles(True), side, 3, np.random.default_rng(0))
+    assert set(found["compartment"]) == {f"femur_{open_place}", f"tibia_{open_place}"}
+    assert (found["x"] < -9).all()
+
+
+def test_centres_lie_below_the_surface_of_a_turned_grid():
+    masks = condyles()
+    turn = sitk.Euler3DTransform()
+    turn.SetRotation(0.0, 0.0, 0.3)
+    masks.SetDirection(turn.GetMatrix())
+    masks.SetOrigin(turn.TransformPoint(masks.GetOrigin()))
+    found = patches.patch_centres(masks, "R", 5, np.random.default_rng(0))
+    assert len(found) == 20
+    for row in found.to_dict("records"):
+        bone, place = row["compartment"].split("_")
+        x, _, z = turn.GetInverse().TransformPoint((row["x"], row["y"], row["z"]))
+        assert 9 < (x if place == "medial" else -x) < 35
+        assert z == pytest.approx(8.25 if bone == "femur" else -8.25)
+
+
+def test_a_patch_that_leaves_the_ct_is_flagged_also_where_the_mr_goes_on(tmp_path):
+    masks = condyles()
+    marrow = 500.0 * (np.random.default_rng(0).random((70, 70, 90)) < 0.7)
+    mr = sitk.GetImageFromArray(marrow.astype(np.float32))
+    mr.CopyInformation(masks)
+    ct, masks = mr[:, :35, :], masks[:, :35, :]
+    knee = {"knee_id": "K1", "subject_id": "S1", "side": "R"}
+    scans = {"": (mr, dict.fromkeys(BONES, sitk.Transform(3, sitk.sitkIdentity)))}
+    patches.cut_and_measure(knee, tmp_path, ct, masks, scans, 4, 0, "plate")
+    table = patches.read_table(tmp_path / "K1_table.csv")
+    outside = (table["y"] + 5.25 > 0).to_numpy()  # the CT ends at y = 0
+    assert (table["flag"] == np.where(outside, patches.OUTSIDE_CT, "")).all(), table["flag"]
+    assert 0 < outside.sum() < len(table)

@@ -1,18 +1,25 @@
 """The cache, the folder of a run, and the runner on two small notebooks."""
 
 import json
+import logging
 import re
+import subprocess
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path, PureWindowsPath
+from unittest.mock import Mock
 
 import nbformat
 import pandas as pd
 import pytest
 
-from ctsma import cache, cli
+from ctsma import cache, cli, files
+from ctsma.cohort import image_path, read_manifest
+from ctsma.cohort.manifest import SCHEMA
 from ctsma.common import InputError
 from ctsma.files import atomic
-from ctsma.run import RESULTS, Run
 from ctsma_lab import runner
 from ctsma_lab.report import write_report
+from ctsma_lab.run import RESULTS, Run
 
 COMMON = (
     "run_dir: str = 'none'  # folder of the run\nprofile: str = 'quick'  # name\n"
@@ -22,7 +29,7 @@ CELLS = {
     "01_first": [
         COMMON
         + "seed: int = 0  # seed\nscale: float = 1.0  # factor\nfolds: list = [1, 2]  # list",
-        "import json\nfrom ctsma.run import Run\nrun = Run(run_dir, profile, seed)",
+        "import json\nfrom ctsma_lab.run import Run\nrun = Run(run_dir, profile, seed)",
         "file = run.folder('results') / 'first.json'\nfile.write_text(json.dumps(seed * scale))",
         "run.report('work 1/1 K1: 0.1 s', done=1, total=1)",
         "with open(run.path.parent / 'calls.txt', 'a') as calls: calls.write('1')",
@@ -134,18 +141,99 @@ def test_a_failed_notebook_names_cell_error_and_partial_notebook(small_study, ca
         (["--set", "fail=3"], "parameter fail: is 3, not of type bool"),
         (["--set", "seed"], "has no value"),
         (["--from", "third"], "stage third: is unknown"),
+        (["--set", "scale=1", "--set", "n_jobs=0"], "parameter n_jobs: is 0, not between 1 and"),
+        (["--set", "seed=-1"], "parameter seed: is -1, not between 0 and 4294967295"),
+        (["--set", "run_dir=x"], "--set run_dir: is set by ctsma run itself; give --name"),
         (["--name", "a/b"], "is not the name of one folder below runs/"),
+        (["--name", "a\\b"], "is not the name of one folder below runs/"),
+        (["--name", "C:b"], "is not the name of one folder below runs/"),
+        (["--name", ".."], "is not the name of one folder below runs/"),
         (["--anatomy", "none.nrrd"], "none.nrrd: does not exist"),
     ],
 )
 def test_unusable_arguments_are_refused_before_anything_runs(small_study, capsys, arguments, words):
     page = runner.NOTEBOOKS / "01_first.ipynb"
     page.write_text(
-        page.read_text().replace("folds: list", "anatomy: str = ''  # map\\nfolds: list")
+        page.read_text().replace(
+            "folds: list", "anatomy: str = ''  # map\\nn_jobs: int = 2  # processes\\nfolds: list"
+        )
     )
     assert cli.main(["run", *arguments]) == cli.BAD_INPUT
     assert words in capsys.readouterr().err
     assert not small_study.exists()
+
+
+@pytest.mark.parametrize("name", ["{0} {seed} [1]", "é 膝 'a' %20#"])
+def test_a_run_may_have_any_name_of_a_folder(small_study, monkeypatch, capsys, name):
+    installed = runner.NOTEBOOKS.rename(small_study.parents[1] / name)
+    monkeypatch.setattr(runner, "NOTEBOOKS", installed)
+    assert cli.main(["run", f"--name={name}"]) == 0
+    assert cli.main(["status", f"--name={name}"]) == 0
+    assert cli.main(["report", f"--name={name}"]) == 0
+    assert "02_second                   done" in capsys.readouterr().out
+    folder = small_study.parent / name
+    assert json.loads((folder / "results" / "second.json").read_text()) == 1
+    assert (folder / "report" / "index.html").exists()
+    assert cli.main(["run", f"--name={name}"]) == 0
+    assert calls(small_study) == "12"
+
+
+COMMANDS = {  # with what each needs
+    "run": [],
+    "simulate": ["--out", "out"],
+    "import": ["in", "--out", "out"],
+    "check-data": ["cohort.csv"],
+    "predict": ["ct.nii.gz:R", "--out", "out"],
+    "export-model": ["--out", "out"],
+}
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "1025"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_number_of_processes_out_of_range_is_one_sentence(
+    tmp_path, monkeypatch, capsys, command, jobs
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([command, *COMMANDS[command], "--jobs", jobs]) == cli.BAD_INPUT
+    message = f"--jobs {jobs}: is not between 1 and 1024; give a number in this range.\n"
+    assert capsys.readouterr().err == message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "--seed", "-1"], "--seed -1: is not between 0 and 4294967295"),
+        (["run", "--seed", "4294967296"], "--seed 4294967296: is not between 0 and 4294967295"),
+        (["simulate", "--out", "x", "--knees", "0"], "--knees 0: is not between 1 and 9999"),
+        (["simulate", "--out", "x", "--rescans", "-2"], "--rescans -2: is not between 0 and 9999"),
+        (["export-model", "--out", "x", "--seed", "-1"], "--seed -1: is not between 0"),
+        (["predict", "kn\udce9e.nii:R", "--out", "x"], r"kn\udce9e.nii:R: is not UTF-8; rename"),
+        (["status", "--name", "kn\udce9e"], r"kn\udce9e: is not UTF-8; rename the file or folder"),
+    ],
+)
+def test_numbers_out_of_range_and_broken_names_are_refused(
+    tmp_path, monkeypatch, capsys, arguments, words
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == cli.BAD_INPUT
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [MemoryError, BrokenProcessPool])
+def test_a_lack_of_memory_is_one_sentence(monkeypatch, capsys, error):
+    monkeypatch.setattr("ctsma_lab.commands.status.status", Mock(side_effect=error))
+    assert cli.main(["status"]) == cli.FAILED
+    assert capsys.readouterr().err.startswith("ctsma: a process was killed or ran out of memory;")
+
+
+def test_a_stopped_run_says_how_to_continue(small_study, monkeypatch, capsys):
+    monkeypatch.setattr(logging.getLogger("asyncio"), "level", logging.WARNING)  # put back after
+    monkeypatch.setattr(runner.papermill, "execute_notebook", Mock(side_effect=KeyboardInterrupt))
+    assert cli.main(["run"]) == cli.STOPPED
+    assert capsys.readouterr().err == "stopped; the same command continues where it stopped\n"
+    assert not logging.getLogger("asyncio").isEnabledFor(logging.ERROR)
 
 
 def test_a_notebook_without_parameter_cell_is_refused(small_study):
@@ -198,6 +286,40 @@ def test_a_record_is_read_back_until_key_or_file_changes(tmp_path):
     assert cache.read_record(tmp_path / "record.json", "key") is None
     (tmp_path / "record.json").write_text("{")
     assert cache.read_record(tmp_path / "record.json", "key") is None
+
+
+def test_files_of_a_record_are_named_alike_on_every_system(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "ct.nii").write_text("")
+    name = Path("images", "ct.nii")
+    assert list(cache.write_record(tmp_path / "r.json", "", {}, [name])["files"]) == [
+        "images/ct.nii"
+    ]
+
+
+def test_paths_of_a_manifest_may_be_those_of_windows(tmp_path):
+    path = PureWindowsPath("images", "{0} [1] é", "ct.nii.gz")
+    columns = list(SCHEMA.columns)
+    row = {"knee_id": "K1", "subject_id": "S1", "side": "L", "ct": str(path)}
+    pd.DataFrame([row], columns=columns).to_csv(tmp_path / "cohort.csv", index=False)
+    knee = read_manifest(tmp_path / "cohort.csv").iloc[0]
+    assert knee["ct"] == path.as_posix()
+    assert image_path(knee, "ct", tmp_path).parent.parent == tmp_path / "images"
+    row["ct"] = str(PureWindowsPath("..", "ct.nii.gz"))
+    pd.DataFrame([row], columns=columns).to_csv(tmp_path / "cohort.csv", index=False)
+    with pytest.raises(InputError, match="leads out of the cohort's root"):
+        read_manifest(tmp_path / "cohort.csv")
+
+
+def test_the_commit_of_a_repository_around_the_tree_is_not_taken(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "a"], check=True)
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    assert len(files.git_commit()) == 40
+    (tmp_path / "site-packages").mkdir()
+    monkeypatch.setattr(files, "ROOT", tmp_path / "site-packages")
+    assert files.git_commit() == "unknown"
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

@@ -401,7 +401,7 @@ def test_limits_warn_outside_training_and_refuse_beyond_the_margin():
     assert "slice thickness (mm) is 3, in training 1 to 2" in warning
     assert limits.check_limits({"slice_mm": 0.5}, found) == []  # finer than training is good
     for value in (4.1, np.nan):
-        with pytest.raises(InputError, match="unlike the CTs"):
+        with pytest.raises(InputError, match=r"unlike the CTs .* in training 1 to 2, at most 4\)"):
             limits.check_limits({"slice_mm": value}, found)
 
 
@@ -515,6 +515,21 @@ def test_the_wrong_side_is_noticed_by_the_fibula(good):
     knee.check_side(changed(ct, alone), masks, other)
 
 
+def test_own_labels_replace_the_threshold_and_tell_which_knee_is_meant(
+    wide, good, good_knee, ensemble
+):
+    ct, side = good
+    labels = sitk.DICOMOrient(bone_masks(ct), "RAI")
+    found = prediction.predict_knee(ct, side, ensemble, labels=labels)
+    error = found.compartments[list(BIOMARKERS)] / good_knee.compartments[list(BIOMARKERS)] - 1
+    assert error.abs().to_numpy().max() < 0.02
+    noisy = scaled(ct, noise=150)  # threshold masks may fail, the limits still hold
+    with pytest.raises(InputError, match="noise|distance"):
+        prediction.predict_knee(noisy, side, ensemble, labels=labels)
+    joint = knee.joint_view(wide[0], side, sitk.Resample(labels, wide[0]))
+    assert np.less(np.multiply(joint.GetSize(), joint.GetSpacing()), 125).all()
+
+
 # ---------------------------------------------------------------- many CTs, on disk
 def test_results_are_complete_and_on_the_grid_of_the_ct(predicted, ct_file, good):
     out, table = predicted
@@ -624,6 +639,7 @@ def test_the_command_reports_the_outcome_of_each_ct(
     for arguments, reason in (
         ([str(ct_file), *common], "has no side"),
         (common, "CTs or a manifest"),
+        ([f"{ct_file}:L", "b.nii:L", "--labels", "c.nii", *common], "--labels: belongs to one CT"),
         ([f"{ct_file}:L", *no_model], "holds no model"),
         ([f"{ct_file}:L", *no_folder], "cannot be made a folder"),
     ):
@@ -643,6 +659,11 @@ def test_the_cts_of_a_manifest_are_read_and_their_checksums_compared(
     table = prediction.predict_cts(cts, model, tmp_path / "out")
     assert "differs from ct_sha256" in table.loc[0, "error"]
     assert not (tmp_path / "out" / "one").exists()
+    rows.assign(ct_sha256="", ct_labels="none.nii.gz").to_csv(tmp_path / "own.csv", index=False)
+    cts = prediction.manifest_cts(tmp_path / "own.csv", ct_file.parent)
+    assert cts["ct_labels"].tolist() == [str(ct_file.parent / "none.nii.gz")]
+    table = prediction.predict_cts(cts, model, tmp_path / "out")
+    assert "none.nii.gz: does not exist" in table.loc[0, "error"]
 
 
 def test_a_dicom_folder_gives_what_the_nifti_file_gives_without_the_name(

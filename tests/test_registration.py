@@ -16,6 +16,7 @@ from ctsma.registration import (
     apply_rigid,
     bone_masks,
     isotropic,
+    knee_masks,
     read_stages,
     read_transforms,
     register_knee,
@@ -26,7 +27,7 @@ from ctsma.registration import (
     transform_points,
     write_registration,
 )
-from ctsma.registration.masks import BONE_HU
+from ctsma.registration.masks import BONE_HU, label_masks
 from ctsma.registration.quality import MIN_CORRELATION, flexion_deg
 from ctsma.registration.stages import align_trabeculae, bone_depths_mm, starting_transforms
 from ctsma.registration.trabeculae import MIN_VOXELS, highpass, trabecular_correlation
@@ -336,7 +337,7 @@ def test_touching_bones_are_split():
     ("change", "problem"),
     [
         (lambda hu, z: np.minimum(hu, 90), f"no bone above {BONE_HU:.0f} HU"),
-        (lambda hu, z: np.where(z < 2, 50, hu), "femur above a tibia"),
+        (lambda hu, z: np.where(z < 2, 50, hu), "femur above a tibia.*column ct_labels"),
         (lambda hu, z: np.where(z > 0, 50, hu), "femur above a tibia"),
         (lambda hu, z: hu + 1024, "Hounsfield"),
     ],
@@ -346,6 +347,68 @@ def test_a_ct_without_both_bones_in_hu_is_refused(knee, change, problem):
     changed = change(sitk.GetArrayFromImage(ct), voxel_points(ct)[..., 2])
     with pytest.raises(InputError, match=problem):
         bone_masks(with_values(ct, changed))
+
+
+def test_the_masks_do_not_depend_on_the_storage_order_of_the_ct(knee):
+    turned = bone_masks(sitk.DICOMOrient(knee["ct"], "PIR"))
+    back = sitk.GetArrayFromImage(sitk.DICOMOrient(turned, "LPS"))
+    assert (back == sitk.GetArrayFromImage(knee["masks"])).all()
+
+
+# ---------------------------------------------------------------- own bone labels
+def own_labels(shift_mm=(0.0, 0.0, 0.0)):
+    """Closed-form labels on a grid of their own, in another storage order."""
+    image = make_grid((1.5, 1.2, 1.1), (50, 60, 74), np.eye(3), (1.0, -2.0, 0.5))
+    points, labels = voxel_points(image) - np.array(shift_mm), np.zeros(image.GetSize()[::-1])
+    for bone, value in BONES.items():
+        labels[depth_mm(bone, points) > 0] = value
+    return sitk.DICOMOrient(with_values(image, labels), "RSA")
+
+
+def test_own_labels_are_taken_to_the_grid_of_the_ct_instead_of_the_threshold(knee, tmp_path):
+    write_volume(knee["ct"], tmp_path / "ct.nii.gz")
+    write_volume(own_labels(), tmp_path / "own.nii.gz")
+    row = {"knee_id": "k0", "ct": "ct.nii.gz", "ct_labels": "own.nii.gz"}
+    found = knee_masks(row, knee["ct"], tmp_path)
+    assert found.GetSize() == knee["ct"].GetSize()
+    labels, points = sitk.GetArrayFromImage(found), voxel_points(knee["ct"])
+    for bone, value in BONES.items():
+        true = depth_mm(bone, points) > 0
+        dice = 2 * (true & (labels == value)).sum() / (true.sum() + (labels == value).sum())
+        assert dice > 0.95
+    register_pair(row, tmp_path, root=tmp_path, seed=0)
+    stored = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "k0_mask.nii.gz")))
+    assert (stored == labels).all()
+    assert (labels != sitk.GetArrayFromImage(knee["masks"])).any()
+    by_threshold = knee_masks(row | {"ct_labels": None}, knee["ct"], tmp_path)
+    assert (sitk.GetArrayFromImage(by_threshold) == sitk.GetArrayFromImage(knee["masks"])).all()
+
+
+def exchanged(labels):
+    return sitk.ChangeLabel(sitk.Cast(labels, sitk.sitkUInt8), {1: 2, 2: 1})
+
+
+def two_knees(labels):
+    array = sitk.GetArrayFromImage(sitk.DICOMOrient(labels, "LPS"))
+    array[:, :, 24:27] = 0  # each bone falls into two halves
+    return with_values(sitk.DICOMOrient(labels, "LPS"), array)
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [
+        (lambda: own_labels() * 75.0, "hold 3 values from 0 to 150; write 0 background, 1 femur"),
+        (lambda: own_labels() * 0.5, "hold 3 values from 0 to 1; write 0 background"),
+        (lambda: own_labels((0, 0, 300)), r"hold no femur \(value 1\) in the field of view"),
+        (lambda: sitk.Cast(own_labels() == 1, sitk.sitkUInt8), r"hold no tibia \(value 2\)"),
+        (lambda: two_knees(own_labels()), r"of 2 pieces, the largest 5.% of it \(at least 90%\)"),
+        (lambda: own_labels((0, 8, 0)), r"lie off the .*: .*% of its outer 2 mm .*at least 80%"),
+        (lambda: exchanged(own_labels()), "show 0 mm2 of femur .* above tibia.*exchange"),
+    ],
+)
+def test_own_labels_that_do_not_fit_the_ct_are_refused(knee, labels, problem):
+    with pytest.raises(InputError, match=f"^bone labels: .*{problem}"):
+        label_masks(labels(), knee["ct"])
 
 
 def test_masks_without_a_bone_are_refused(knee):

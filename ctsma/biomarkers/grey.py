@@ -13,7 +13,7 @@ from scipy.stats import skew
 from ctsma.common import BIOMARKERS, InputError
 
 from .binary import DIRECTIONS, crossings, morphometry
-from .thickness import FAR, mean_thickness, squared_distance
+from .thickness import FAR, inside, mean_thickness, squared_distance
 
 MARROW_QUANTILE = 0.999  # taken for pure marrow; little but noise lies above it (design choice)
 # In-plane SD before the threshold, 0.7 pixel: repeatability rises, ranks stay (design choice).
@@ -158,7 +158,7 @@ def ct_threshold_biomarkers(patches_hu, voi, spacing_mm, threshold_hu=250.0) -> 
 
 def _batch(patches, voi, spacing_mm, marrow) -> tuple[np.ndarray, np.ndarray, list]:
     """Checked images (n, slices, rows, columns; float64), voi, and n marrow arrays (or None)."""
-    patches, voi, spacing = np.asarray(patches), np.asarray(voi) != 0, np.asarray(spacing_mm, float)
+    patches, voi, spacing = np.asarray(patches), inside(voi), np.asarray(spacing_mm, float)
     if patches.ndim not in (3, 4) or min(patches.shape[-3:]) < 2 or voi.shape != patches.shape:
         problem = f"have the shape {patches.shape}, and the voi {voi.shape}"
         raise InputError("patches", problem, "give (n, slices, rows, columns) twice")

@@ -4,6 +4,6 @@ Numpy arrays are (z, y, x); physical points are (x, y, z) in LPS millimetres (+x
 left, +y to the back, +z to the head), which is SimpleITK's physical space.
 """
 
-from .images import anatomical_plane, read_volume, write_volume
-from .manifest import check_images, image_path, read_knee_volume, read_manifest, table_one
+from .images import read_volume, write_volume
+from .manifest import image_path, read_knee_volume, read_manifest
 from .splits import check_splits, make_splits, read_splits, splits_path, stored_splits

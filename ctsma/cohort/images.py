@@ -2,21 +2,18 @@
 
 import errno
 import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import SimpleITK as sitk
-from nibabel.filebasedimages import ImageFileError
 
 from ctsma.common import InputError
 from ctsma.files import atomic
 
-from .dicom import MIN_SLICES, read_dicom
+from .dicom import MIN_SLICES, is_dicom, read_dicom
+from .nifti import VOXEL_OFFSET, check_nifti, read_nifti
 
-NIFTI_HEADER_BYTES = 352  # NIfTI-1 header and the four bytes before the voxels
 VOXEL_MM = (0.05, 10.0)  # design choice: a spacing beyond these is not in mm
 CORTICAL_HU = 250.0  # cortical bone lies above; the published code's bone threshold
 LOWEST_MR = -200.0  # design choice: MR is not negative, interpolation may ring below 0
@@ -27,7 +24,8 @@ def read_volume(path: str | Path, modality: str, echo: int | None = None) -> sit
 
     Parameters
     ----------
-    path : NIfTI file (.nii, .nii.gz; also .nrrd, .mha) or a folder holding one DICOM series.
+    path : NIfTI file (.nii, .nii.gz; also .nrrd, .mha), a multi-frame DICOM file, or a folder of
+        one DICOM series.
     modality : "CT" (values in HU) or "MR" (arbitrary units, not negative).
     echo : echo number to take from a multi-echo MR series; None where there is one echo.
 
@@ -43,9 +41,15 @@ def read_volume(path: str | Path, modality: str, echo: int | None = None) -> sit
     path = Path(path)
     if not path.exists():
         raise InputError(path, "does not exist", "correct the path, or restore the file")
-    image = read_dicom(path, modality, echo) if path.is_dir() else _read_file(path)
-    _check_geometry(path, image)
-    _check_values(path, sitk.GetArrayViewFromImage(image), modality)
+    has_dicom = path.is_dir() or is_dicom(path)
+    image = read_dicom(path, modality, echo) if has_dicom else _read_file(path)
+    return check_volume(path, image, modality)
+
+
+def check_volume(source: str | Path, image: sitk.Image, modality: str) -> sitk.Image:
+    """The image, where it can be right; InputError, which names `source`, as of `read_volume`."""
+    _check_geometry(source, image)
+    _check_values(source, sitk.GetArrayViewFromImage(image), modality)
     return image
 
 
@@ -62,27 +66,6 @@ def write_volume(image: sitk.Image, path: str | Path) -> Path:
     return path
 
 
-def anatomical_plane(
-    image: sitk.Image, plane: str, share: float = 0.5
-) -> tuple[np.ndarray, tuple[float, float]]:
-    """A "sagittal" (x), "coronal" (y) or "axial" (z) slice for display, nothing resampled.
-
-    Parameters
-    ----------
-    share : place of the slice along the image's extent, 0 to 1.
-
-    Returns
-    -------
-    The array (rows from the top or front) and its (row, column) spacing in mm.
-    """
-    image = sitk.DICOMOrient(image, "LPS")
-    array, (dx, dy, dz) = sitk.GetArrayViewFromImage(image), image.GetSpacing()
-    axis = {"axial": 0, "coronal": 1, "sagittal": 2}[plane]
-    spacing_mm = {"axial": (dy, dx), "coronal": (dz, dx), "sagittal": (dz, dy)}[plane]
-    chosen = np.take(array, int(share * (array.shape[axis] - 1)), axis=axis)
-    return (chosen if plane == "axial" else chosen[::-1]), spacing_mm
-
-
 def format_extent(values: Sequence[float]) -> str:
     """Size or spacing of an image as text, for example "0.5 x 0.5 x 0.7"."""
     return " x ".join(f"{value:.4g}" for value in values)
@@ -93,33 +76,21 @@ def _read_file(path: Path) -> sitk.Image:
     reader.SetFileName(str(path))
     reader.SetOutputPixelType(sitk.sitkFloat32)
     try:
+        is_nifti = check_nifti(path)
         reader.ReadImageInformation()
         dimensions, channels = reader.GetDimension(), reader.GetNumberOfComponents()
         if (dimensions, channels) != (3, 1):
             problem = f"has {dimensions} dimensions and {channels} value(s) per voxel"
             raise InputError(path, problem, "give one volume of one value per voxel")
-        if path.name.endswith((".nii", ".nii.gz")):
-            return _read_nifti(path, reader)
-        return reader.Execute()
-    except (RuntimeError, OSError, EOFError, zlib.error, ImageFileError) as error:
+        return read_nifti(path, reader) if is_nifti else reader.Execute()
+    except InputError:
+        raise
+    except Exception as error:  # of ITK, nibabel, gzip, zlib or numpy, by the place of the damage
         problem = "cannot be read as an image (truncated, or of another format)"
         raise InputError(path, problem, "export it again as NIfTI") from error
 
 
-def _read_nifti(path: Path, header: sitk.ImageFileReader) -> sitk.Image:
-    """Voxels by nibabel, geometry by ITK's reading of the header (its choice of qform or sform).
-
-    ITK's own decoder fills a truncated file with 0 and turns NaN into 0, both without a warning.
-    """
-    voxels = np.asanyarray(nibabel.load(path).dataobj).astype(np.float32)
-    image = sitk.GetImageFromArray(voxels.reshape(header.GetSize(), order="F").T)
-    image.SetSpacing(header.GetSpacing())
-    image.SetOrigin(header.GetOrigin())
-    image.SetDirection(header.GetDirection())
-    return image
-
-
-def _check_geometry(path: Path, image: sitk.Image) -> None:
+def _check_geometry(path: str | Path, image: sitk.Image) -> None:
     size, spacing = image.GetSize(), image.GetSpacing()
     if min(size) < MIN_SLICES:
         problem = f"has only {min(size)} slices, fewer than {MIN_SLICES}"
@@ -129,7 +100,7 @@ def _check_geometry(path: Path, image: sitk.Image) -> None:
         raise InputError(path, problem, "correct the spacing in its header")
 
 
-def _check_values(path: Path, array: np.ndarray, modality: str) -> None:
+def _check_values(path: str | Path, array: np.ndarray, modality: str) -> None:
     n_bad = array.size - int(np.isfinite(array).sum())
     if n_bad:
         problem = f"holds {n_bad} NaN or infinite voxels"
@@ -156,5 +127,5 @@ def _check_written(image: sitk.Image, file: Path) -> None:
     with file.open("rb") as stream:
         stream.seek(-min(4, file.stat().st_size), os.SEEK_END)
         length = int.from_bytes(stream.read(), "little")
-    if length != (NIFTI_HEADER_BYTES + image.GetNumberOfPixels() * voxel_bytes) % 2**32:
+    if length != (VOXEL_OFFSET + image.GetNumberOfPixels() * voxel_bytes) % 2**32:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))

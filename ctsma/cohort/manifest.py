@@ -1,17 +1,17 @@
 """The manifest: one row per knee; all problems of a manifest are reported at once."""
 
+import re
+from io import StringIO
 from pathlib import Path
 
-import joblib
-import numpy as np
 import pandas as pd
 import pandera.pandas as pa
 import SimpleITK as sitk
 
-from ctsma.common import IMAGES, InputError
+from ctsma.common import VOLUMES, InputError
 from ctsma.files import sha256_file
 
-from .images import format_extent, read_volume
+from .images import read_volume
 
 COLUMN_WORDS = {"column_in_dataframe": "is missing", "column_in_schema": "is unknown"}
 VALUE_WORDS = {  # of the checks that pandera names itself
@@ -34,14 +34,25 @@ def _between(low: float, high: float) -> pa.Check:
     return pa.Check.in_range(low, high, error=f"is not between {low} and {high}")
 
 
-# No underscore in an identifier: file names join an identifier and a suffix with one.
+def _own_files(knee_ids: pd.Series) -> pd.Series:
+    """False where the files of two knees would have one name, also where case is ignored."""
+    names = knee_ids.str.lower()
+    owners = names.str.replace(r"(_rescan|_stages)+$", "", regex=True)
+    twice = names.duplicated() & ~knee_ids.duplicated()
+    return ~(twice | ((owners != names) & owners.isin(names)))
+
+
 IDENTIFIER = pa.Check.str_matches(
-    r"^[A-Za-z0-9][A-Za-z0-9-]*$", error="holds more than letters, digits and hyphens"
+    r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$",
+    error="holds more than letters, digits, hyphens, underscores and dots (not first or last)",
+)
+OWN_FILES = pa.Check(
+    _own_files, error="would share its files with another knee (case, _rescan or _stages alone)"
 )
 SHA256 = pa.Check.str_matches(r"^[0-9a-f]{64}$", error="is not 64 hexadecimal digits")
 SCHEMA = pa.DataFrameSchema(
     {
-        "knee_id": pa.Column(str, IDENTIFIER, unique=True),
+        "knee_id": pa.Column(str, [IDENTIFIER, OWN_FILES], unique=True),
         "subject_id": pa.Column(str, IDENTIFIER),
         "side": pa.Column(str, pa.Check.isin(["L", "R"], error="is not L or R")),
         "ct": _text(),
@@ -56,6 +67,7 @@ SCHEMA = pa.DataFrameSchema(
         "mr_sha256": _text(SHA256),
         "mr_echo": _number(_between(1, 99), required=False),
         "mr_rescan": _text(required=False),
+        "ct_labels": _text(required=False),
     },
     strict=True,
     checks=[
@@ -70,7 +82,7 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> pd.DataFr
 
     Parameters
     ----------
-    path : CSV file, one row per knee.
+    path : CSV file, one row per knee (see `read_text_table`; a decimal comma is read as a point).
     root : folder that the image paths are relative to; the manifest's own folder where None.
 
     Returns
@@ -84,20 +96,58 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> pd.DataFr
         image path or link that leads out of the root.
     """
     path = Path(path)
-    try:
-        frame = pd.read_csv(path, dtype="str")  # SCHEMA makes numbers of what must be one
-    except FileNotFoundError as error:
-        raise InputError(path, "does not exist", "give the path of a manifest CSV") from error
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise InputError(path, "is not a CSV table", "save it as UTF-8 CSV") from error
+    frame = read_text_table(path)
+    for name, column in SCHEMA.columns.items():
+        if name in frame and str(column.dtype) == "float64":
+            frame[name] = frame[name].str.replace(",", ".")
     try:
         frame = SCHEMA.validate(frame, lazy=True)
     except pa.errors.SchemaErrors as errors:
         problems = "; ".join(_sentences(errors.failure_cases))
         remedy = "correct the manifest (columns: data_manifest/datapackage.json)"
         raise InputError(path, problems, remedy) from errors
+    frame = frame.reset_index(drop=True)
+    for column in frame.columns.intersection(VOLUMES):
+        frame[column] = frame[column].str.replace("\\", "/")  # paths as Windows writes them
     frame.attrs = {"root": str(Path(root) if root else path.parent), "path": str(path)}
     _check_inside(path, frame)
+    return frame
+
+
+def read_text_table(path: str | Path) -> pd.DataFrame:
+    """A CSV as text, as spreadsheets save it: comma, semicolon or tab between columns.
+
+    A byte-order mark, spaces around cells, empty lines and empty last columns do not count. Returns
+    a DataFrame whose index is the row number in the file, from 1; empty cells are NA. Raises
+    InputError where there is no such table.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        lines = text.splitlines()
+        used = [not re.fullmatch(r"[\s,;]*|sep=.", line) for line in lines]
+        if not any(used):
+            raise InputError(path, "is empty", "give a table with a header line")
+        first = used.index(True)  # a spreadsheet may name the delimiter before: sep=;
+        options = {"sep": max(",;\t", key=lines[first].count), "skiprows": first}
+        options |= {"header": None, "skip_blank_lines": False, "dtype": "str"}
+        frame = pd.read_csv(StringIO(text), **options)
+    except FileNotFoundError as error:
+        raise InputError(path, "does not exist", "give the path of a CSV table") from error
+    except UnicodeDecodeError as error:
+        raise InputError(path, "is not UTF-8 text", "save it as CSV UTF-8") from error
+    except (OSError, pd.errors.ParserError) as error:
+        problem = f"is not a CSV table ({str(error).strip()})"
+        raise InputError(
+            path, problem, "save it as CSV UTF-8, and quote cells with commas"
+        ) from error
+    frame = frame.apply(lambda column: column.str.strip()).replace("", pd.NA)
+    frame.index += 1 + first
+    frame = frame.dropna(how="all").dropna(axis="columns", how="all")
+    frame, frame.columns = frame[1:], list(frame.iloc[0])
+    names = frame.columns[frame.columns.duplicated()]
+    if len(names) or len(frame.columns) < 2:
+        problem = f"names {names[0]} twice" if len(names) else f"has one column, {frame.columns[0]}"
+        raise InputError(path, problem, "separate columns by comma, semicolon or tab, each once")
     return frame
 
 
@@ -128,66 +178,6 @@ def check_sha256(knee: dict | pd.Series, column: str, root: str | Path) -> None:
         raise InputError(path, problem, remedy)
 
 
-def check_images(manifest: pd.DataFrame, n_jobs: int = 1) -> pd.DataFrame:
-    """Read every image of a manifest and go on after a problem.
-
-    Returns
-    -------
-    DataFrame, one row per image: knee_id, column, problem ("" when good), size, spacing_mm.
-    """
-    root = manifest.attrs["root"]
-    images = []
-    for knee in manifest.to_dict("records"):
-        images += [(knee, column) for column in IMAGES if image_path(knee, column, root)]
-    tasks = (joblib.delayed(_check_image)(knee, column, root) for knee, column in images)
-    with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-        rows = joblib.Parallel()(tasks)
-    return pd.DataFrame(rows, columns=["knee_id", "column", "problem", "size", "spacing_mm"])
-
-
-def table_one(manifest: pd.DataFrame) -> pd.DataFrame:
-    """Table 1: mean (SD), or share in %, by OA label; knees without a label are left out.
-
-    Returns
-    -------
-    DataFrame, one row per characteristic; columns `no OA`, `OA`, and `SMD`, the standardised mean
-    difference (pooled SD).
-    """
-    values = manifest[["age", "bmi", "kl_grade"]].astype(float)
-    values["female_pct"] = 100.0 * (manifest["sex"] == "F")
-    values["right_pct"] = 100.0 * (manifest["side"] == "R")
-    without, with_oa = values[manifest["oa"] == 0], values[manifest["oa"] == 1]
-    pooled_sd = np.sqrt((without.var() + with_oa.var()) / 2)
-    smd = ((with_oa.mean() - without.mean()) / pooled_sd).round(2)
-    rows = {"n": [len(without), len(with_oa), np.nan]}
-    for name in values:
-        rows[name] = [_mean_sd(without[name]), _mean_sd(with_oa[name]), smd[name]]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["no OA", "OA", "SMD"])
-
-
-def _mean_sd(values: pd.Series) -> str:
-    if values.name.endswith("_pct"):
-        return f"{values.mean():.1f}"
-    return f"{values.mean():.1f} ({values.std():.1f})"
-
-
-def _check_image(knee: dict, column: str, root: str) -> dict:
-    row = {
-        "knee_id": knee["knee_id"],
-        "column": column,
-        "problem": "",
-        "size": "",
-        "spacing_mm": "",
-    }
-    try:
-        check_sha256(knee, column, root)
-        image = read_knee_volume(knee, column, root)
-    except InputError as error:
-        return row | {"problem": str(error)}
-    spacing_mm = format_extent(image.GetSpacing())
-    return row | {"size": format_extent(image.GetSize()), "spacing_mm": spacing_mm}
-
-
 def _sentences(cases: pd.DataFrame) -> list[str]:
     """Pandera's failure cases in plain words, each once, in the order of the checks."""
     sentences = []
@@ -196,7 +186,7 @@ def _sentences(cases: pd.DataFrame) -> list[str]:
         if check in COLUMN_WORDS:
             sentences.append(f"column {value} {COLUMN_WORDS[check]}")
         elif not pd.isna(row):  # else a check that could not run for want of a column
-            place = f"row {int(row) + 2}"  # counted from 1, below the header line
+            place = f"row {int(row)}"
             if case["schema_context"] == "Column":
                 place += f": {case['column']} = {value}"
             sentences.append(f"{place} {VALUE_WORDS.get(check, check)}")
@@ -207,7 +197,7 @@ def _check_inside(path: Path, frame: pd.DataFrame) -> None:
     """No image, and no link among the slices of a DICOM folder, may lead out of the root."""
     root = Path(frame.attrs["root"]).resolve()
     for knee in frame.to_dict("records"):
-        for column in IMAGES:
+        for column in VOLUMES:
             image = image_path(knee, column, root)
             if image is None:
                 continue

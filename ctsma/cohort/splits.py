@@ -8,6 +8,10 @@ import pandas as pd
 from ctsma.common import InputError
 from ctsma.files import write_text
 
+from .manifest import read_text_table
+
+MIN_TRAINING = 3  # subjects: one to validate, two to choose the strength of the ridge
+
 
 def make_splits(manifest: pd.DataFrame, n_folds: int, seed: int) -> pd.DataFrame:
     """Deal subjects into folds, stratified by OA label (0, 1, unknown).
@@ -44,10 +48,12 @@ def read_splits(path: str | Path, manifest: pd.DataFrame) -> pd.DataFrame:
     Raises InputError for a subject in two folds, a subject without fold, or folds that are not
     numbered 0 .. n - 1.
     """
-    splits = pd.read_csv(path, dtype={"subject_id": "str"})
+    splits = read_text_table(path).reset_index(drop=True)
     if list(splits.columns) != ["subject_id", "fold"]:
         problem = f"has columns {', '.join(splits.columns)}"
         raise InputError(path, problem, "give exactly subject_id, fold")
+    numbers = pd.to_numeric(splits["fold"], errors="coerce")
+    splits["fold"] = numbers.fillna(-1).astype(int).where(numbers % 1 == 0, -1)
     check_splits(splits, manifest, path)
     return splits
 
@@ -55,7 +61,9 @@ def read_splits(path: str | Path, manifest: pd.DataFrame) -> pd.DataFrame:
 def check_splits(
     splits: pd.DataFrame, manifest: pd.DataFrame, source: str | Path = "splits"
 ) -> None:
-    """InputError for a subject in two folds, a subject without fold, or gaps in the numbers."""
+    """InputError for a subject in two folds, without fold or name, or gaps in the numbers."""
+    if manifest["subject_id"].isna().any():
+        raise InputError("subject_id", "is missing for a knee", "name the person of every knee")
     twice = splits.loc[splits["subject_id"].duplicated(), "subject_id"].unique()
     if len(twice):
         raise InputError(source, f"puts subject {', '.join(twice)} in two folds", "keep one row")
@@ -69,8 +77,20 @@ def check_splits(
 
 
 def stored_splits(manifest: pd.DataFrame, n_folds: int, seed: int) -> pd.DataFrame:
-    """The folds stored beside the manifest; made and stored first where there are none."""
+    """The folds stored beside the manifest; made and stored first where there are none.
+
+    Raises InputError as `read_splits`, and where a fold leaves fewer than 3 subjects with CT and MR
+    for training: one to validate, two to fit and choose the strength of the ridge.
+    """
     path = splits_path(manifest.attrs["path"])
-    if not path.exists():
-        write_text(path, make_splits(manifest, n_folds, seed).to_csv(index=False))
+    stored = path.exists()
+    splits = read_splits(path, manifest) if stored else make_splits(manifest, n_folds, seed)
+    paired = splits["subject_id"].isin(manifest.dropna(subset=["ct", "mr"])["subject_id"])
+    n_training = paired.sum() - paired.groupby(splits["fold"]).sum()
+    if paired.any() and n_training.min() < MIN_TRAINING:
+        problem = f"leaves {n_training.min()} subjects with CT and MR to train on outside a fold"
+        remedy = f"give at least {MIN_TRAINING} by more folds or subjects, and remove a stored file"
+        raise InputError(path, problem, remedy)
+    if not stored:
+        write_text(path, splits.to_csv(index=False))
     return read_splits(path, manifest)

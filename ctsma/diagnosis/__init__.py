@@ -5,9 +5,7 @@ from .statistics import (
     auc_delong,
     bootstrap_auc,
     calibration,
-    calibration_curve,
     compare_delong,
-    net_benefit,
     roc_band,
     sensitivity_at_specificity,
 )

@@ -28,6 +28,9 @@ def tokens_by_arm(predictions: pd.DataFrame, knees: Sequence[str]) -> dict[str, 
     predictions = predictions[predictions["knee_id"].isin(knees)]
     place = ["knee_id", "subject_id", "patch_id", "compartment", *POSITION]
     arms = dict(list(predictions.groupby("arm", sort=False)))
+    if not arms:
+        problem = "hold no patch of a knee with an OA label"
+        raise InputError("predictions", problem, "fill in column oa of the manifest")
     tokens = {arm: rows[[*place, *names]].reset_index(drop=True) for arm, rows in arms.items()}
     any_arm = next(iter(arms.values()))
     reference = any_arm[place].copy()

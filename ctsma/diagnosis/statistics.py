@@ -14,6 +14,7 @@ from numpy import ndarray
 from scipy import optimize, special, stats
 from statsmodels.stats.proportion import proportion_confint
 
+from ctsma.agreement import subject_codes
 from ctsma.common import InputError
 
 _Z95 = stats.norm.ppf(0.975)  # two-sided 95 % normal quantile, 1.96
@@ -138,16 +139,19 @@ def _resampled_roc(labels, scores, subjects, rng, n_resamples) -> tuple[ndarray,
     """fpr and tpr at every step of the ROC curve, (1 + resamples, 1 + steps).
 
     The first row is of the data as they are. Subjects are resampled with their knees, those with
-    any OA knee and those without apart.
+    any OA knee and those without apart. A resample that lacks a class has no curve and is left out.
     """
-    codes, names = pd.factorize(np.asarray(subjects))
+    codes = subject_codes(subjects, len(labels))
     has_oa = np.bincount(codes, weights=labels) > 0
-    weights = np.ones((1 + n_resamples, len(names)))
+    weights = np.ones((1 + n_resamples, len(has_oa)))
     for stratum in (np.flatnonzero(has_oa), np.flatnonzero(~has_oa)):
-        share = np.full(len(stratum), 1 / max(len(stratum), 1))
+        if not len(stratum):  # every subject has an OA knee, as with the other knee as control
+            continue
+        share = np.full(len(stratum), 1 / len(stratum))
         weights[1:, stratum] = rng.multinomial(len(stratum), share, n_resamples)
     order = np.argsort(-scores, kind="stable")
     weights = weights[:, codes][:, order]
+    weights = weights[(weights @ labels[order] > 0) & (weights @ ~labels[order] > 0)]
     last_of_ties = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
     rates = []
     for group in (~labels, labels):
@@ -201,32 +205,3 @@ def calibration(labels: Sequence, probabilities: Sequence) -> dict[str, float]:
             value, (low, high) = float(fit.params[-1]), fit.conf_int()[-1]
         result |= {name: value, f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}
     return result
-
-
-def calibration_curve(labels: Sequence, probabilities: Sequence, n_bins: int = 5) -> pd.DataFrame:
-    """Observed share of OA against mean prediction in groups of equal size, Wilson 95 % intervals.
-
-    Returns DataFrame(predicted, observed, ci_low, ci_high, n).
-    """
-    labels, p = checked_labels(labels, probabilities)
-    rows = []
-    for group in np.array_split(np.argsort(p, kind="stable"), n_bins):
-        n = len(group)
-        low, high = proportion_confint(labels[group].sum(), n, method="wilson")
-        observed = labels[group].mean()
-        rows.append((p[group].mean(), observed, low, high, n))
-    return pd.DataFrame(rows, columns=["predicted", "observed", "ci_low", "ci_high", "n"])
-
-
-def net_benefit(labels, probabilities, thresholds) -> pd.DataFrame:
-    """Decision curve TP/n - FP/n * t/(1-t) at thresholds t (Vickers & Elkin 2006).
-
-    Returns DataFrame(threshold, model, treat_all); treating none has net benefit 0.
-    """
-    labels, p = checked_labels(labels, probabilities)
-    t = np.asarray(thresholds)
-    odds = t / (1 - t)
-    positive = p >= t[:, None]
-    model = (positive & labels).mean(axis=1) - (positive & ~labels).mean(axis=1) * odds
-    treat_all = labels.mean() - (~labels).mean() * odds
-    return pd.DataFrame({"threshold": t, "model": model, "treat_all": treat_all})

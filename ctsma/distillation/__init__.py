@@ -2,15 +2,9 @@
 
 from ctsma.arms import ARMS, COMPARISONS, MAIN_ARM, TRAINED, Arm, read_arms
 
-from .checkpoints import load_model, read_curves, read_records
-from .cross_validation import (
-    cross_validate,
-    feature_maps,
-    mean_over_seeds,
-    predict_ct_only,
-    with_reference,
-)
-from .data import Fold, TrainingData, fit_normalisation, make_fold, patch_correlation, prepare
+from .checkpoints import load_model
+from .cross_validation import cross_validate, mean_over_seeds, predict_ct_only, with_reference
+from .data import Fold, TrainingData, fit_normalisation, make_fold, prepare
 from .losses import LOSS_TERMS, DistillationBatch, Outputs, distillation_loss
 from .settings import Settings
 from .training import TeacherCache, computes_in_bfloat16, predict, predict_with_sd, train

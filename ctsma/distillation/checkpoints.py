@@ -4,11 +4,10 @@ A network is two files: weights as safetensors, and the record of its training a
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -62,21 +61,3 @@ def load_checkpoint(path: Path, parts: Mapping, rng: np.random.Generator) -> lis
         part.load_state_dict(state[name])
     rng.bit_generator.state = json.loads(state["rng"])
     return state["curves"]
-
-
-def read_records(folder: str | Path, arm: str) -> list[dict]:
-    """Records of all networks of an arm: fold, seed, loss_weights, validation_mse, curves, ..."""
-    files = sorted(Path(folder).glob(f"{arm}_fold*.json"))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
-
-
-def read_curves(folder: str | Path, arms: Sequence[str]) -> pd.DataFrame:
-    """Training curves of all networks of the named arms.
-
-    Columns: arm, fold, seed, epoch, fit_mse, fit_distillation, validation_mse.
-    """
-    parts = []
-    for record in (record for arm in arms for record in read_records(folder, arm)):
-        heads = {name: record[name] for name in ("arm", "fold", "seed")}
-        parts.append(pd.DataFrame(record["curves"]).assign(**heads))
-    return pd.concat(parts, ignore_index=True)

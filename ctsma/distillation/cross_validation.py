@@ -21,7 +21,7 @@ from ctsma.models import Network, ridge_estimates
 from ctsma.patches import Patches, mean_cortical_hu
 
 from .checkpoints import load_model, save_model
-from .data import Fold, TrainingData, make_fold, make_input, prepare
+from .data import Fold, TrainingData, make_fold, prepare
 from .losses import loss_term
 from .settings import Settings
 from .training import TeacherCache, predict_with_sd, train
@@ -267,23 +267,3 @@ def with_reference(predictions: pd.DataFrame, table: pd.DataFrame) -> pd.DataFra
     joined = predictions.merge(known, on=["knee_id", "patch_id"], how="left", validate="m:1")
     order = [*KEYS, *PLACE, *predictions.columns.difference(KEYS, sort=False), *names.values()]
     return joined[order]
-
-
-def feature_maps(
-    folder: str | Path, arms: Sequence[str], patches: Patches, patch: int, fold: int, seed: int
-) -> dict[str, ndarray]:
-    """Middle slice (rows, columns) of the first stage's map of one patch, by arm, standardised.
-
-    All arms show the channel that varies most in the first arm.
-    """
-    row = [patch]
-    one = Patches(patches.table.iloc[row], patches.mr[row], patches.ct[row], patches.voi[row])
-    data, maps = prepare(one), {}
-    for arm in arms:
-        network, record = load_model(Path(folder) / f"{arm}_fold{fold}_seed{seed}")
-        x = make_input(data, np.array([0]), record["scale"], record["settings"]["device"])
-        with torch.no_grad():
-            maps[arm] = network(x)[1][0][0].float().cpu().numpy()
-    channel = int(np.argmax(maps[arms[0]].std(axis=(1, 2, 3))))
-    slices = {arm: values[channel, values.shape[1] // 2] for arm, values in maps.items()}
-    return {arm: (v - v.mean()) / (v.std() + 1e-9) for arm, v in slices.items()}

@@ -9,14 +9,12 @@ import pandas as pd
 import torch
 from numpy import ndarray
 from numpy.random import Generator
-from scipy import ndimage, signal
 from torch import Tensor
 
 from ctsma.arms import ARMS, Arm
 from ctsma.common import BIOMARKERS, InputError
 from ctsma.models import N_CALIBRATED, apply_ridge, fit_ridge, ridge_features, to_ct_grid
-from ctsma.patches import CT_SPACING_MM, Patches, mean_cortical_hu
-from ctsma.registration.trabeculae import HIGHPASS_SD_MM
+from ctsma.patches import Patches, mean_cortical_hu
 
 from .settings import Settings
 
@@ -26,7 +24,6 @@ GAIN_SD, SHIFT_HU, NOISE_HU, BLUR = 0.01, 5.0, 10.0, 0.3
 # Average HU of trabecular bone over that of cortex, which centres the channel; design choice
 TRABECULAR_SHARE = 0.25
 FLIPS = 1, 3  # of (n, slices, rows, columns); never rows: depth below the joint has a direction
-REACH_VOXELS = 3, 5, 5  # of the CT, about 2 mm each way, searched for a better match; design choice
 
 
 @dataclass(frozen=True)
@@ -222,28 +219,3 @@ def augment_ct(hu: Tensor, rng: Generator) -> Tensor:
         hu = hu + blur * ((hu.roll(1, axis) + hu.roll(-1, axis) + 2 * hu) / 4 - hu)
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     return hu * gain + shift + noise * torch.randn(hu.shape, generator=generator)
-
-
-def patch_correlation(ct: ndarray, mr: ndarray, voi: ndarray) -> ndarray:
-    """How well the trabeculae of pairs match in place: (n,), 1 aligned, 0 no match. Design choice.
-
-    ct (n, 12, 24, 24); mr, voi (n, 12, 48, 48). The match is minus the correlation of detail finer
-    than 1 mm, as bone is bright in CT and dark in MR; it is divided by the best match within 2 mm,
-    which a soft kernel or noise lowers alike.
-    """
-    found = np.zeros(len(ct))
-    pairs = zip(ct, to_ct_grid(mr), to_ct_grid(voi) >= 0.5, strict=True)
-    for row, (hu, grey, inside) in enumerate(pairs):
-        match = -signal.correlate(_detail(grey) * inside, _detail(hu) * inside, "same", "fft")
-        centre = tuple(n // 2 for n in match.shape)
-        near = tuple(slice(c - r, c + r + 1) for c, r in zip(centre, REACH_VOXELS, strict=True))
-        best = match[near].max()
-        if best > 0:
-            found[row] = np.clip(match[centre] / best, 0, 1)
-    return found
-
-
-def _detail(image: ndarray) -> ndarray:
-    """What is finer than 1 mm in an image on the CT grid."""
-    sd_voxels = np.divide(HIGHPASS_SD_MM, CT_SPACING_MM)
-    return image - ndimage.gaussian_filter(image.astype(float), sd_voxels)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import SimpleITK as sitk
 
-from ctsma.cohort import read_knee_volume, write_volume
+from ctsma.cohort import image_path, read_knee_volume, read_volume, write_volume
 from ctsma.common import BONES, InputError
 from ctsma.files import atomic, write_json
 
-from .masks import bone_masks, isotropic
+from .masks import bone_masks, isotropic, label_masks
 from .quality import failure_reason, stage_errors_mm, target_registration_error_mm
 from .stages import Registration, register_knee
 from .transforms import Rigid, apply_rigid, rigid_transform, transform_points
@@ -32,7 +32,7 @@ def register_pair(knee: dict, folder: Path, *, root: str | Path, seed: int) -> d
     """
     tic = time.process_time()
     ct = read_knee_volume(knee, "ct", root)
-    masks = bone_masks(ct)
+    masks = knee_masks(knee, ct, root)
     write_volume(masks, Path(folder) / f"{knee['knee_id']}_mask.nii.gz")
     row = {}
     for column, prefix in (("mr", ""), ("mr_rescan", "rescan_")):
@@ -46,6 +46,15 @@ def register_pair(knee: dict, folder: Path, *, root: str | Path, seed: int) -> d
             for name, value in metrics.items():
                 row[f"{prefix}{name}_{bone}"] = value
     return row | {"cpu_seconds": time.process_time() - tic}
+
+
+def knee_masks(knee: dict, ct: sitk.Image, root: str | Path) -> sitk.Image:
+    """Bone labels of a manifest row on the grid of its CT: its own (ct_labels), or `bone_masks`.
+
+    Raises InputError as `label_masks` and `bone_masks`.
+    """
+    path = image_path(knee, "ct_labels", root)
+    return bone_masks(ct) if path is None else label_masks(read_volume(path, "labels"), ct)
 
 
 def write_registration(result: Registration, folder: str | Path, knee_id: str) -> None:

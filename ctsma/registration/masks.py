@@ -1,5 +1,7 @@
 """Femur and tibia in a knee CT: threshold, fill the marrow, split at the joint, take the pair.
 
+Where this fails (joint gap closed, cast, implant, noise) the user gives labels of another method.
+
 A mask only tells the registration where to look: a margin of 1 mm more or less changes the
 transform by hundredths of a millimetre. Everything therefore works on a 1 mm grid and is
 resampled to the CT grid at the end.
@@ -24,6 +26,11 @@ MIN_MARKER = 0.0004  # of all eroded bone; smaller pieces are noise (design choi
 MIN_FACING_MM2 = 400.0  # femur above tibia; a plateau has about 3000 mm2 (design choice)
 # Patella and fibula are thicker than twice this, osteophytes are not (design choice).
 THIN_EROSIONS_MM = (4.0, 3.0)
+# Own labels. Least share of a bone's outer 2 mm within 1 mm of BONE_HU: 0.9 and more where surfaces
+# are 1 mm off, at most 0.76 where labels are displaced by 5 mm (design choice)
+RIM_MM, MIN_DENSE_RIM = 2, 0.8
+MIN_PIECE = 0.9  # share of a label that its largest piece holds (design choice)
+OWN_LABELS = "or give own bone labels (column ct_labels, or predict --labels)"
 
 
 def isotropic(image: sitk.Image, spacing_mm: float) -> sitk.Image:
@@ -61,7 +68,9 @@ def bone_masks(ct: sitk.Image) -> sitk.Image:
     ------
     InputError : no bone, only one bone, or values that are not HU.
     """
-    coarse = isotropic(ct, MASK_SPACING_MM)
+    axes = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(ct.GetDirection())
+    head_up = ct if axes.endswith("S") else sitk.DICOMOrient(ct, "LPS")
+    coarse = isotropic(head_up, MASK_SPACING_MM)
     hu = sitk.GetArrayViewFromImage(coarse)
     if (hu < FAT_HU).mean() < MIN_FAT_SHARE:
         problem = f"holds nothing below {FAT_HU:.0f} HU, not even fat"
@@ -69,7 +78,7 @@ def bone_masks(ct: sitk.Image) -> sitk.Image:
     bone = fill_marrow(hu > BONE_HU)
     if bone.mean() < MIN_BONE_SHARE:
         problem = f"holds no bone above {BONE_HU:.0f} HU"
-        raise InputError("CT", problem, "give a knee CT in Hounsfield units")
+        raise InputError("CT", problem, f"give a knee CT in Hounsfield units, {OWN_LABELS}")
     markers, femur, tibia = split_bones(bone)
     pieces = watershed(bone, markers)
     masks = sitk.Image(ct.GetSize(), sitk.sitkUInt8)
@@ -84,6 +93,59 @@ def bone_masks(ct: sitk.Image) -> sitk.Image:
             depth_mm, ct, sitk.Transform(), sitk.sitkLinear, -1.0, sitk.sitkFloat32, True
         )
         masks = masks + sitk.Cast(fine > 0.0, sitk.sitkUInt8) * BONES[name]
+    return masks
+
+
+def label_masks(labels: sitk.Image, ct: sitk.Image) -> sitk.Image:
+    """Bone labels of another method on the grid of `ct` (nearest neighbour), checked against it.
+
+    Parameters
+    ----------
+    labels : 0 background, `BONES` values; any grid in the coordinates of `ct`.
+    ct : HU.
+
+    Returns
+    -------
+    uint8 image on the grid of `ct`: the largest piece of each bone.
+
+    Raises
+    ------
+    InputError : other values, a bone absent or in pieces, no dense bone below its surface, or no
+        femur above a tibia.
+    """
+    values = np.unique(sitk.GetArrayViewFromImage(labels))
+    if not np.isin(values, (0, *BONES.values())).all():
+        problem = f"hold {len(values)} values from {values[0]:g} to {values[-1]:g}"
+        raise InputError("bone labels", problem, "write 0 background, 1 femur, 2 tibia, no other")
+    options = sitk.Transform(), sitk.sitkNearestNeighbor, 0.0, sitk.sitkUInt8
+    labels = sitk.Resample(labels, ct, *options)
+    coarse = isotropic(sitk.DICOMOrient(ct, "LPS"), MASK_SPACING_MM)
+    dense = ndimage.binary_dilation(sitk.GetArrayViewFromImage(coarse) > BONE_HU)
+    masks, pieces = labels * 0, sitk.RelabelComponentImageFilter()
+    for name, value in BONES.items():
+        largest = pieces.Execute(sitk.ConnectedComponent(labels == value)) == 1
+        sizes = pieces.GetSizeOfObjectsInPixels()
+        if not sizes:
+            problem = f"hold no {name} (value {value}) in the field of view of the CT"
+            raise InputError("bone labels", problem, "give labels in the coordinates of this CT")
+        if sizes[0] < MIN_PIECE * sum(sizes):
+            share = f"{sizes[0] / sum(sizes):.0%} of it (at least {MIN_PIECE:.0%})"
+            problem = f"hold a {name} of {len(sizes)} pieces, the largest {share}"
+            raise InputError("bone labels", problem, "label one knee, each bone in one piece")
+        bone = sitk.GetArrayFromImage(sitk.Resample(largest, coarse, *options)) == 1
+        rim = bone & ~ndimage.binary_erosion(bone, iterations=RIM_MM, border_value=1)
+        share = dense[rim].mean()
+        if share < MIN_DENSE_RIM:
+            problem = f"lie off the {name}: {share:.0%} of its outer {RIM_MM} mm are at bone above "
+            problem += f"{BONE_HU:.0f} HU (at least {MIN_DENSE_RIM:.0%})"
+            raise InputError("bone labels", problem, "give labels in the coordinates of this CT")
+        masks = masks + largest * value
+    on_coarse = sitk.GetArrayFromImage(sitk.Resample(masks, coarse, *options))
+    facing_mm2 = _facing_mm2(on_coarse, BONES["femur"], BONES["tibia"])
+    if facing_mm2 < MIN_FACING_MM2:
+        problem = f"show {facing_mm2:.0f} mm2 of femur (value 1) above tibia (value 2)"
+        problem += f" (at least {MIN_FACING_MM2:.0f} mm2)"
+        raise InputError("bone labels", problem, "exchange the values")
     return masks
 
 
@@ -134,8 +196,10 @@ def split_bones(bone: np.ndarray) -> tuple[np.ndarray, int, int]:
             femur, tibia = max(facing_mm2, key=facing_mm2.get)
             markers[np.isin(markers, np.flatnonzero(share < MIN_MARKER))] = 0
             return _add_thin_bones(markers, depth_mm), femur, tibia
-    problem = "does not show a femur above a tibia"
-    raise InputError("CT", problem, "give a CT of both bones with the head direction up")
+    problem = f"does not show a femur above a tibia that erosion by {min(EROSIONS_MM):g} to "
+    problem += f"{max(EROSIONS_MM):g} mm separates"
+    remedy = "give a CT of both bones without cast, implant or strong noise"
+    raise InputError("CT", problem, f"{remedy}, {OWN_LABELS}")
 
 
 def _facing_mm2(markers: np.ndarray, upper: int, lower: int) -> float:

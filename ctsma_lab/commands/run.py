@@ -12,6 +12,7 @@ from ctsma_lab.commands import run_folder
 from ctsma_lab.report import write_report
 
 FAILED = 1  # exit code
+SET_BY_RUN = ("run_dir", "profile", "overwrite")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,13 +55,16 @@ def _given_parameters(arguments: argparse.Namespace) -> dict:
         name, equals, value = pair.partition("=")
         if not equals:
             raise InputError(f"--set {pair}", "has no value", "write --set NAME=VALUE")
+        if name in SET_BY_RUN:
+            problem = "is set by ctsma run itself"
+            raise InputError(f"--set {name}", problem, "give --name and --profile instead")
         given[name] = value
     for name in ("seed", "n_jobs"):
         if getattr(arguments, name) is not None:
             given[name] = getattr(arguments, name)
     for name in ("manifest", "root", "anatomy"):
-        if getattr(arguments, name):
-            given[name] = str(Path(getattr(arguments, name)).resolve())
+        if value := getattr(arguments, name) or given.get(name):
+            given[name] = str(Path(value).resolve())
     return given
 
 

@@ -5,8 +5,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from ctsma.common import BONES, InputError
-
-from .masks import BONE_HU, MASK_SPACING_MM, isotropic
+from ctsma.registration.masks import BONE_HU, MASK_SPACING_MM, isotropic
 
 COLUMN_MM = 2.0  # design choice: grid on which bone is counted along x
 ONE_KNEE_MM = 140.0  # design choice: bone broader than this is two knees; tibiae are 60 to 95 mm
