@@ -65,9 +65,9 @@ def result_of(notebook: NotebookNode) -> str:
     """The Markdown that the code under the heading "Result" shows; "" where there is none."""
     shown, inside = [], False
     for cell in notebook.cells:
-        heading = re.search(r"^#+ (.*)", cell.source, re.MULTILINE)
-        if cell.cell_type == "markdown" and heading:
-            inside = "Result" in heading[1]
+        headings = re.findall(r"^#+ (.*)", cell.source, re.MULTILINE)
+        if cell.cell_type == "markdown" and headings:
+            inside = "Result" in headings[-1]
         elif cell.cell_type == "code" and inside:
             for output in cell.outputs:
                 shown.append(output.get("data", {}).get("text/markdown", ""))
