@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -588,3 +589,17 @@ def test_folds_without_enough_training_subjects_are_refused_at_once(tmp_path):
     assert cohort.stored_splits(frame, 5, seed=0)["fold"].dtype == np.int64
     with pytest.raises(InputError, match="missing for a knee"):
         cohort.check_splits(cohort.make_splits(frame, 5, seed=0), frame.assign(subject_id=None))
+
+
+NIBABELS_FILES = sorted(Path(nibabel.__file__).parent.glob("tests/data/*.nii*"))
+
+
+@pytest.mark.parametrize("path", NIBABELS_FILES, ids=lambda path: path.name)
+def test_nibabels_own_files_are_read_as_stored_or_refused(path):
+    try:
+        image = cohort.read_volume(path, "MR")
+    except InputError as error:
+        assert error.source == str(path)
+        return
+    stored = np.asanyarray(nibabel.load(path).dataobj, dtype=np.float32).squeeze()
+    assert np.array_equal(sitk.GetArrayFromImage(image).T, stored)
