@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 
 from ctsma import __version__
-from ctsma.common import InputError
+from ctsma.common import BAD_INPUT, FAILED, STOPPED, InputError
 
-FAILED, BAD_INPUT, STOPPED = 1, 2, 130
 COMMANDS = {  # name: (module, help)
     "run": ("ctsma_lab.commands.run", "run the study's notebooks, resuming what is done"),
     "status": ("ctsma_lab.commands.status", "which stages of a run are done"),

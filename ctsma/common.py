@@ -14,6 +14,7 @@ IMAGES = ("ct", "mr", "mr_rescan")  # columns of the manifest that name an image
 VOLUMES = (*IMAGES, "ct_labels")  # and its own bone labels
 BONES = {"femur": 1, "tibia": 2}
 COMPARTMENTS = ("femur_medial", "femur_lateral", "tibia_medial", "tibia_lateral")
+FAILED, BAD_INPUT, STOPPED = 1, 2, 130  # exit codes of the command line
 
 
 class InputError(ValueError):

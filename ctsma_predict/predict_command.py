@@ -4,11 +4,10 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from ctsma.common import InputError
+from ctsma.common import FAILED, InputError
 from ctsma.files import SHARE
 from ctsma_predict import listed_cts, manifest_cts, predict_cts
 
-FAILED = 1  # exit code
 SHIPPED_MODEL = SHARE / "models" / "full"  # trained by the published run
 
 

@@ -4,10 +4,9 @@ import argparse
 from collections.abc import Callable
 
 from ctsma.cohort import read_manifest
+from ctsma.common import FAILED
 from ctsma.files import write_text
 from dicom_import.checks import check_knees
-
-FAILED = 1  # exit code
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

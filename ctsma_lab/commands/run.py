@@ -6,12 +6,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ctsma.common import InputError
+from ctsma.common import FAILED, InputError
 from ctsma_lab import runner
 from ctsma_lab.commands import run_folder
 from ctsma_lab.report import write_report
 
-FAILED = 1  # exit code
 SET_BY_RUN = ("run_dir", "profile", "overwrite")
 
 
