@@ -1,31 +1,26 @@
-"""When does distillation help, and what is the information limit of this CT?
+"""When does a teacher help, and what is the information limit of this CT?
 
     python benchmarks/distillation.py runs/full --folder /tmp/knees
-    python benchmarks/distillation.py runs/full --folder /tmp/knees --only oracle --seeds 2
+    python benchmarks/distillation.py runs/full --folder /tmp/knees --only few_labels
 
-On simulated knees of another seed than the study's, scanned at their patches alone with true
-alignment (see calibration.py). Knees 0 to 136 of the seed chose settings and are left out. Writes
-docs/results/distillation_evidence.json:
+The protocol is docs/distillation_protocol.md. Simulated knees of another seed than the study's are
+scanned at their patches alone with true alignment (see calibration.py). Finished knees and networks
+are reused. Writes docs/results/distillation_evidence.json:
 
-- `oracle`: the large-sample reference model, a CT network that corrects the calibrated ridge,
-  trained on ten times the knees; it approximates the information limit of this CT. Its estimates
-  for the patches of a run go to docs/results/distillation_oracle.csv;
+- `teacher`: what a teacher adds where every pair has a reference;
+- `few_labels`: the same where few pairs have one;
+- `oracle`: the large-sample reference model, trained on nine times the knees; it approximates the
+  information limit of this CT. Its estimates for the patches of a run go to
+  docs/results/distillation_oracle.csv;
 - `knowledge`: ridge on HU statistics that is also given what no CT shows: where the error is from;
-- `learning`: what the teacher adds by number of paired knees (`curve`), and CAM distillation
-  compared with the ridge (`versus_ridge`); the same with a teacher that sees another patch, was
-  never trained, or sees MR shifted by 2 mm (`controls`); in thirds of the test knees by kernel and
-  noise of their CT (`by_kernel`, `by_noise`);
-- `terms`: every term of the loss, the ridge that the network corrects, a committee of teachers and
-  CT-only knees, one at a time at 80 knees; remove the part from the file to measure it again;
-- `displaced_pairs`: the same 80 knees, the MR of each bone displaced by up to 2 mm, evaluated in
-  place: what a teacher adds. (The published file also has students that sampled pairs by their
-  correlation, an option that gained nothing over no teacher and was removed.);
 - `frequency`: the run's own networks on its test patches, their CT blurred more and more.
 """
 
 import argparse
+import hashlib
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,16 +29,17 @@ import joblib
 import numpy as np
 import pandas as pd
 import torch
-from calibration import displacements, scanned
+from calibration import scanned
 from scipy import ndimage
 from torch import nn
 
 from ctsma import agreement, patches
-from ctsma.cache import map_knees
+from ctsma.cache import content_hash, map_knees, source_sha256
 from ctsma.common import BIOMARKERS
 from ctsma.distillation import (
     ARMS,
     Fold,
+    Outputs,
     Settings,
     TeacherCache,
     TrainingData,
@@ -54,320 +50,322 @@ from ctsma.distillation import (
     prepare,
     train,
 )
-from ctsma.files import git_commit, write_json, write_text
-from ctsma.models import N_CALIBRATED, Network, build, ridge_estimates, ridge_features
-from ctsma_lab.training_views import patch_correlation, read_records
+from ctsma.distillation.data import make_input, ridge_prediction
+from ctsma.distillation.training import autocast, with_teacher_labels
+from ctsma.files import atomic, git_commit, write_json, write_text
+from ctsma.models import N_CALIBRATED, Network, build, fit_ridge, ridge_estimates, ridge_features
+from ctsma_lab.training_views import read_records
+from ctsma_lab.views import nested
 from kneesim import draw_subjects, load_protocol, protocol_sha256
 from kneesim import knees as simulator
 from kneesim.subject import make_subject
 
 SEED, FIRST, LAST = 2000, 137, 880  # of the knees; the first 137 chose settings
-SIZES, N_TEST, N_KNOWLEDGE = (10, 20, 40, 80), 200, 240
+N_TRAINING, N_TEST, N_KNOWLEDGE = 80, 200, 240
+N_LABELLED = (5, 10, 20)
+N_SHUFFLED = 20  # labelled knees of the control
 ORACLE_EPOCHS = 16  # nine times the steps of the study's arms
-DISPLACED_MM = 2.0  # largest displacement of a bone's MR
-CLASSES_MM = (0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 SCANS = {"seed": SEED, "per": 4, "truths": 0, "rescans": 0, "protocol": None}
-SHIFT_VOXELS = (3, 9, 9)  # slices, rows, columns of the MR: 2.25, 2 and 2 mm
-PUBLISHED = {"feature_l1": {"feature_l1": 0.1}, "feature_l1, gamma 0.01": {"feature_l1": 0.01}}
-NO_TEACHER, RIDGE = "no teacher", "calibrated ridge"
-CORRECTED, CAM = "ridge + network", "ridge + network, cam_mse"
-CAM_MSE = {"cam_mse": 0.3}
-COMPARED = [(name, NO_TEACHER) for name in PUBLISHED]
-COMPARED += [(RIDGE, NO_TEACHER), (CORRECTED, RIDGE), (CAM, CORRECTED)]
-TERMS = {  # weights that were not tuned
-    "feature_correlation": {"loss_terms:feature_correlation": 0.1},
-    "attention": {"loss_terms:attention": 1.0},
-    "relation": {"loss_terms:relation": 0.1},
-    "prediction": {"loss_terms:prediction": 1.0},
-}
-N_CT_ONLY = 160  # CT-only knees beside the 80 paired ones
-PARTS = "oracle", "knowledge", "learning", "terms", "displaced_pairs", "frequency"
+CAM, FEATURE_L1 = {"cam_mse": 0.3}, {"feature_l1": 0.1}
+RIDGE, GLS_RIDGE, STUDENT = "ridge", "GLS ridge", "student"
+ESTIMATES, OWN_TEACHER = "student, teacher's estimates", "student, own teacher, CAM"
+ESTIMATES_CAM, ALL_LABELLED = f"{ESTIMATES}, CAM", "student, all labelled"
+AWARE = "student, CAM, CT-aware teacher"
+TEACHER_COMPARISONS = [
+    (GLS_RIDGE, RIDGE),
+    ("ridge + network", RIDGE),
+    ("ridge + GLS network", "ridge + network"),
+    ("GLS ridge + network", GLS_RIDGE),
+    (STUDENT, "GLS ridge + network"),
+    (STUDENT, GLS_RIDGE),
+    *((f"student, {name}", STUDENT) for name in ("CAM", "feature L1", "last-stage L1")),
+    (AWARE, STUDENT),
+    ("student, CAM, shuffled pairs", STUDENT),
+    ("teacher's head", STUDENT),
+    ("student, CAM", GLS_RIDGE),
+]
+FEW_COMPARISONS = [
+    (STUDENT, GLS_RIDGE),
+    ("feature L1", STUDENT),
+    (f"{GLS_RIDGE}, teacher's estimates", GLS_RIDGE),
+    (ESTIMATES, STUDENT),
+    (ESTIMATES_CAM, STUDENT),
+    (ESTIMATES_CAM, ESTIMATES),
+    (ESTIMATES_CAM, GLS_RIDGE),
+    (ESTIMATES_CAM, f"{GLS_RIDGE}, teacher's estimates"),
+    (OWN_TEACHER, STUDENT),
+    ("student, shuffled pairs", STUDENT),
+    (ALL_LABELLED, ESTIMATES_CAM),
+]
+PARTS = "teacher", "few_labels", "oracle", "knowledge", "frequency"
 BLUR_MM = (0.0, 0.25, 0.5, 1.0, 2.0)  # SD in plane
 OUT = Path(__file__).parents[1] / "docs" / "results" / "distillation_evidence.json"
 
 
-def fold_of(data: TrainingData, fit: np.ndarray, test: np.ndarray, arm: str = "ct_only") -> Fold:
-    """Rows to fit and to predict; a few test rows are the validation rows and choose nothing."""
-    return Fold(0, fit, test[:32], test, fit_normalisation(data, fit, ARMS[arm]))
+class Trainer:
+    """Trains networks of one seed; a finished one is read from `folder`."""
+
+    def __init__(self, folder: Path, seed: int, test: np.ndarray):
+        self.folder, self.seed, self.test = folder, seed, test
+
+    def once(self, name: str, make: Callable[[], object]) -> object:
+        """What `make` returns, stored under a name."""
+        path = self.folder / f"{name}, seed {self.seed}.pt".replace(" ", "_")
+        if not path.exists():
+            with atomic(path) as temporary:
+                torch.save(make(), temporary)
+            print(f"{path.stem}: done", flush=True)
+        return torch.load(path, weights_only=False)
+
+    def fold(self, fit: np.ndarray, scale: dict, unlabelled: np.ndarray | None = None) -> Fold:
+        """Rows to fit and to predict; a few test rows are the validation rows, choosing nothing."""
+        unlabelled = np.zeros(0, int) if unlabelled is None else unlabelled
+        return Fold(0, fit, self.test[:32], self.test, unlabelled, scale)
+
+    def teacher(self, name: str, data: TrainingData, fit: np.ndarray, **options) -> tuple:
+        """A frozen teacher, trained on the MR of rows `fit`, and its scale."""
+        scale = fit_normalisation(data, fit, ARMS["mr_teacher"])
+        fold, settings = self.fold(fit, scale), Settings()
+        loss_weights, cache = options.get("loss_weights", {}), options.get("cache")
+        network = self.once(
+            name, lambda: train(data, fold, loss_weights, cache, self.seed, settings)[0]
+        )
+        return network.requires_grad_(False), scale
+
+    def student(self, name: str, data: TrainingData, fold: Fold, **options) -> tuple:
+        """A student, and its predictions (n_test, 4)."""
+        settings, teacher = options.get("settings", Settings()), options.get("teacher")
+        cache = TeacherCache(teacher, data, fold, settings) if teacher else None
+        weights, start = options.get("loss_weights", {}), options.get("network")
+        network = self.once(
+            name, lambda: train(data, fold, weights, cache, self.seed, settings, network=start)[0]
+        )
+        return network, predict_with_sd(network, data, fold.test, fold.scale, settings)[0]
 
 
-def train_teachers(data: TrainingData, fit: np.ndarray, test: np.ndarray, seeds, settings) -> dict:
-    """A frozen teacher by seed."""
-    fold, teachers = fold_of(data, fit, test, "mr_teacher"), {}
-    for seed in seeds:
-        network, _ = train(data, fold, {}, None, seed, settings)
-        teachers[seed] = network.requires_grad_(False)
-    return teachers
+class StudentOutputs:
+    """Outputs of a trained student, in the place of a `TeacherCache`: for a CT-aware teacher."""
+
+    def __init__(self, network: Network, data: TrainingData, scale: dict):
+        self.network, self.data, self.scale = network.requires_grad_(False), data, scale
+
+    def outputs(self, rows: np.ndarray, flips: tuple[int, ...]) -> Outputs:
+        """For rows of the data, flipped."""
+        with torch.no_grad(), autocast(Settings()):
+            x = make_input(self.data, rows, self.scale, "cpu", flips)
+            ridge = ridge_prediction(self.data, rows, self.scale, "cpu")
+            prediction, maps = self.network(x)
+            cam = self.network.class_activation_maps(maps[-1])
+        return Outputs(prediction + ridge, cam + ridge[..., None, None, None], maps)
 
 
-def students(
-    data: TrainingData, fold: Fold, losses: dict, teachers: dict, seeds: list, settings: Settings
-) -> dict:
-    """Mean prediction over seeds (n_test, 4) by name of the loss weights.
-
-    `teachers[name]` is (data that the teacher sees, teacher by seed).
-    """
-    found = {}
-    for name, loss_weights in losses.items():
-        seen, by_seed = teachers.get(name, (data, {}))
-        networks = []
-        for seed in seeds:
-            cache = TeacherCache(by_seed[seed], seen, fold, settings) if seed in by_seed else None
-            networks.append(train(seen, fold, loss_weights, cache, seed, settings)[0])
-        found[name] = mean_prediction(networks, data, fold.test, fold.scale)
-    return found
-
-
-def mean_prediction(networks: list[Network], data, rows: np.ndarray, scale: dict) -> np.ndarray:
-    """Mean prediction (n, 4) of networks for rows of the data."""
-    options = data, rows, scale, Settings()
-    return np.mean([predict_with_sd(network, *options)[0] for network in networks], axis=0)
-
-
-def calibrated_ridge(data: TrainingData, fit: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Estimates (n_test, 4) of the ridge on HU statistics normalised to cortical HU."""
-    x, y, subjects = data.features, data.targets, data.subjects
-    return ridge_estimates(x[fit], y[fit], subjects[fit], x[test])
-
-
-def at_size(
-    data: TrainingData, knees: np.ndarray, test: np.ndarray, size: int, seeds: list[int]
-) -> dict:
-    """Test predictions of all arms trained on `size` knees; at the largest size also controls."""
+def with_teacher(
+    data: TrainingData, fit: np.ndarray, test: np.ndarray, folder: Path, seed: int
+) -> dict[str, np.ndarray]:
+    """Predictions (n_test, 4) of every arm of experiment 1, by name."""
     torch.set_num_threads(1)
-    settings = Settings()
-    fit = np.flatnonzero(data.table["knee_id"].isin(knees[:size]))
-    teacher = train_teachers(data, fit, test, seeds, settings)
-    plain, corrected = {NO_TEACHER: {}} | PUBLISHED, {CORRECTED: {}, CAM: CAM_MSE}
-    teachers = dict.fromkeys([*PUBLISHED, CAM], (data, teacher))
-    if size == SIZES[-1]:
-        untrained = {}
-        for seed in seeds:
-            untrained[seed] = build("mr", "compact", torch.Generator().manual_seed(seed)).eval()
-        order = np.arange(len(data.table))
-        order[fit] = np.random.default_rng(SEED).permutation(fit)
-        shifted = np.roll(data.mr, SHIFT_VOXELS, axis=(1, 2, 3))
-        controls = {
-            "another patch's MR": (replace(data, mr=data.mr[order]), teacher),
-            "untrained teacher": (data, untrained),
-            "MR shifted by 2 mm": (replace(data, mr=shifted), teacher),
-        }
-        for name, seen_and_teacher in controls.items():
-            teachers[name] = teachers[f"{CORRECTED}, {name}"] = seen_and_teacher
-            plain[name] = PUBLISHED["feature_l1"]
-            corrected[f"{CORRECTED}, {name}"] = CAM_MSE
-    fold, with_ridge = fold_of(data, fit, test), fold_of(data, fit, test, "ct_residual")
-    found = students(data, fold, plain, teachers, seeds, settings)
-    found[RIDGE] = calibrated_ridge(data, fit, test)
-    return found | students(data, with_ridge, corrected, teachers, seeds, settings)
-
-
-def learning(data: TrainingData, ids: np.ndarray, seeds: list[int], n_jobs: int) -> dict:
-    """Learning curve, controls, and at which scanners the difference lies."""
-    test = np.flatnonzero(data.table["knee_id"].isin(ids[-N_TEST:]))
-    run = partial(at_size, data, ids, test, seeds=seeds)
-    sizes = SIZES[::-1]  # the longest first
-    with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-        by_size = joblib.Parallel()(joblib.delayed(run)(size=size) for size in sizes)
-    found = dict(zip(sizes, by_size, strict=True))
-
-    curve, versus_ridge = {f"{a} vs {b}": {} for a, b in COMPARED}, {}
-    for size in SIZES:
-        predicted = found[size]
-        for a, b in COMPARED:
-            curve[f"{a} vs {b}"][str(size)] = difference(data, test, predicted[a], predicted[b])
-        versus_ridge[str(size)] = difference(data, test, predicted[CAM], predicted[RIDGE])
-    largest, controls = found[SIZES[-1]], {}
-    for name in largest:
-        if name not in {NO_TEACHER, *PUBLISHED, RIDGE, CORRECTED, CAM}:
-            base = CORRECTED if name.startswith(CORRECTED) else NO_TEACHER
-            controls[name] = difference(data, test, largest[name], largest[base])
-    scanner = drawn_ct(ids[-N_TEST:])
-    return {
-        "curve": curve,
-        "controls": controls,
-        "losses": PUBLISHED | {CAM: CAM_MSE},
-        "training_seeds": len(seeds),
-        "by_kernel": thirds(data, test, largest, scanner["kernel"]),
-        "by_noise": thirds(data, test, largest, scanner["noise"]),
-        "versus_ridge": versus_ridge,
+    trainer, x, y = Trainer(folder, seed, test), data.features, data.targets
+    gls = fit_normalisation(data, fit, ARMS["ct_residual"])
+    ordinary = fit_ridge(x[fit], y[fit], data.subjects[fit])
+    ols, zero = {"ridge": ordinary.weights.tolist()}, {"rho": [0.0] * len(BIOMARKERS)}
+    independent = {"settings": Settings(patches_per_knee=1)}
+    found = {
+        RIDGE: ridge_estimates(x[fit], y[fit], data.subjects[fit], x[test]),
+        GLS_RIDGE: gls_ridge(data, fit, test),
     }
-
-
-def thirds(data: TrainingData, test: np.ndarray, found: dict, by: pd.Series) -> list[dict]:
-    """What CAM distillation adds in thirds of the test knees by a property of their CT."""
-    knees = data.table["knee_id"].to_numpy()[test]
-    value, rows = by.loc[knees].to_numpy(), []
-    edges = np.quantile(by.loc[np.unique(knees)], (0, 1 / 3, 2 / 3, 1))
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
-        own = (value >= low) & (value <= high)
-        compared = difference(data, test[own], found[CAM][own], found[CORRECTED][own])
-        rows.append({"low": low, "high": high} | compared)
-    return rows
-
-
-class Committee(nn.Module):
-    """Several teachers as one: mean prediction, mean activation maps in place of the last map."""
-
-    def __init__(self, teachers: list[Network]) -> None:
-        super().__init__()
-        self.teachers = nn.ModuleList(teachers)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """(B, 2, ...) MR -> prediction (B, 4), [activation maps (B, 4, ...)]."""
-        predictions, cams = [], []
-        for teacher in self.teachers:
-            prediction, maps = teacher(x)
-            predictions.append(prediction)
-            cams.append(teacher.class_activation_maps(maps[-1]))
-        return torch.stack(predictions).mean(0), [torch.stack(cams).mean(0)]
-
-    def class_activation_maps(self, last_map: torch.Tensor) -> torch.Tensor:
-        """The last map holds the activation maps already."""
-        return last_map
-
-
-def terms(data: TrainingData, ids: np.ndarray, seeds: list[int], n_jobs: int) -> dict:
-    """Difference from the student without a teacher, by term and other changes, at 80 knees."""
-    settings = Settings()
-    paired, ct_only = ids[: SIZES[-1]], ids[SIZES[-1] : SIZES[-1] + N_CT_ONLY]
-    fit, more, test = (
-        np.flatnonzero(data.table["knee_id"].isin(group))
-        for group in (paired, ct_only, ids[-N_TEST:])
-    )
-    fold, with_ridge = fold_of(data, fit, test), fold_of(data, fit, test, "ct_residual")
-
-    def by_seed(loss_weights, teachers=None, data=data, fold=fold, settings=settings) -> list:
-        options = [
-            (data, fold, loss_weights, teachers[seed] if teachers else None, seed, settings)
-            for seed in seeds
-        ]
-        return joblib.Parallel(n_jobs)(joblib.delayed(train_one)(*option) for option in options)
-
-    trained = by_seed({}, fold=fold_of(data, fit, test, "mr_teacher"))
-    frozen = [teacher.requires_grad_(False) for teacher in trained]
-    teachers = dict(zip(seeds, frozen, strict=True))
-    committee = dict.fromkeys(seeds, Committee(frozen).eval())
-    no_teacher = by_seed({})
-    targets = data.targets.copy()  # of CT-only knees the student's own estimates, not their MR
-    targets[more] = mean_prediction(no_teacher, data, more, fold.scale)
-    both = np.concatenate([fit, more])
-    steps = max(1, round(settings.epochs * len(fit) / len(both)))  # as many steps as without
-
-    tried = {}
-    for name, loss_weights in TERMS.items():
-        tried[name] = {"loss_weights": loss_weights, "teachers": teachers}
-    tried["prediction, committee"] = tried["prediction"] | {"teachers": committee}
-    tried["cam_mse"] = {"loss_weights": CAM_MSE, "teachers": teachers}
-    tried["cam_mse, committee"] = {"loss_weights": CAM_MSE, "teachers": committee}
-    tried["no augmentation"] = {"loss_weights": {}, "settings": Settings(augment=False)}
-    tried[CORRECTED] = {"loss_weights": {}, "fold": with_ridge}
-    tried[CAM] = {"loss_weights": CAM_MSE, "teachers": teachers, "fold": with_ridge}
-    tried[f"{CAM}, committee"] = tried[CAM] | {"teachers": committee}
-    tried["CT-only knees"] = {
-        "loss_weights": {},
-        "data": replace(data, targets=targets),
-        "fold": replace(fold, fit=both),
-        "settings": Settings(epochs=steps),
-    }
-    about = {"n_knees": len(paired), "n_ct_only": len(ct_only), "training_seeds": len(seeds)}
-    about["weights"] = {"cam_mse": CAM_MSE["cam_mse"]}
-    about["weights"] |= {name: next(iter(weights.values())) for name, weights in TERMS.items()}
-    found = measured("terms").get("versus_no_teacher", {})
-    baseline = mean_prediction(no_teacher, data, test, fold.scale)
-    found[RIDGE] = difference(data, test, calibrated_ridge(data, fit, test), baseline)
-    for name, options in tried.items():
-        if name not in found:
-            scale = options.get("fold", fold).scale
-            predicted = mean_prediction(by_seed(**options), data, test, scale)
-            found[name] = difference(data, test, predicted, baseline)
-            keep("terms", about | {"versus_no_teacher": found})  # an hour's work, in pieces
-    return about | {"versus_no_teacher": found}
-
-
-def train_one(data, fold: Fold, loss_weights: dict, teacher, seed: int, settings) -> Network:
-    """`train` in a process of one thread; the network alone."""
-    torch.set_num_threads(1)
-    cache = TeacherCache(teacher, data, fold, settings) if teacher else None
-    return train(data, fold, loss_weights, cache, seed, settings)[0]
-
-
-def displaced_pairs(
-    folder: Path, ids: np.ndarray, subjects: pd.DataFrame, seeds: list[int], n_jobs: int
-) -> dict:
-    """What a teacher adds where pairs are displaced, and how their correlation falls."""
-    own, beside = ids[: SIZES[-1]], folder / "displaced"
-    options = SCANS | {"displaced_mm": DISPLACED_MM}
-    moved = subjects[subjects["knee_id"].isin(own)]
-    displaced = scan_patches(moved, beside, options, n_jobs)
-    whole = patches.load_patches(folder)
-    there, evaluated = only(whole, own), only(whole, ids[-N_TEST:])
-    in_place = patch_correlation(there.ct, there.mr, there.voi)
-    data = prepare(joined(displaced, evaluated))
-    fit, rows = np.split(np.arange(len(data.table)), [len(displaced.table)])
-    with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-        tasks = [joblib.delayed(with_and_without)(data, fit, rows, seed) for seed in seeds]
-        by_seed = joblib.Parallel()(tasks)
-    found = {name: np.mean([seed[name] for seed in by_seed], axis=0) for name in by_seed[0]}
-    versus_no_teacher = {}
-    for name, base in (dict.fromkeys(PUBLISHED, NO_TEACHER) | {CAM: CORRECTED}).items():
-        versus_no_teacher[name] = difference(data, rows, found[name], found[base])
-    return {
-        "n_knees": len(own),
-        "training_seeds": len(seeds),
-        "largest_mm": DISPLACED_MM,
-        "correlation_by_distance": by_distance(displaced),
-        "in_place": {"n_patches": len(in_place), "least_correlation": in_place.min()},
-        "versus_no_teacher": versus_no_teacher,
-    }
-
-
-def with_and_without(data: TrainingData, fit: np.ndarray, test: np.ndarray, seed: int) -> dict:
-    """Predictions of students with and without a teacher."""
-    torch.set_num_threads(1)
-    settings, found = Settings(), {}
-    teacher = train_teachers(data, fit, test, [seed], settings)
-    teachers = dict.fromkeys([*PUBLISHED, CAM], (data, teacher))
-    for arm, base, losses in (
-        ("ct_only", NO_TEACHER, PUBLISHED),
-        ("ct_residual", CORRECTED, {CAM: CAM_MSE}),
+    for name, scale, options in (
+        ("ridge + network", gls | ols | zero, independent),
+        ("ridge + GLS network", gls | ols, {}),
+        ("GLS ridge + network", gls | zero, independent),
     ):
-        fold = fold_of(data, fit, test, arm)
-        found |= students(data, fold, {base: {}} | losses, teachers, [seed], settings)
+        _, found[name] = trainer.student(name, data, trainer.fold(fit, scale), **options)
+    fold = trainer.fold(fit, gls)
+    network, found[STUDENT] = trainer.student(STUDENT, data, fold)
+    teacher, _ = trainer.teacher("teacher", data, fit)
+    aware, _ = trainer.teacher(
+        "CT-aware teacher", data, fit, loss_weights=CAM, cache=StudentOutputs(network, data, gls)
+    )
+    order = np.arange(len(y))
+    order[fit] = np.random.default_rng(SEED).permutation(fit)
+    shuffled = replace(data, mr=data.mr[order])
+    for name, loss_weights, own_teacher, seen in (
+        ("student, CAM", CAM, teacher, data),
+        ("student, feature L1", FEATURE_L1, teacher, data),
+        ("student, last-stage L1", {"loss_terms:last_stage_l1": 0.1}, teacher, data),
+        (AWARE, CAM, aware, data),
+        ("student, CAM, shuffled pairs", CAM, teacher, shuffled),
+    ):
+        options = {"loss_weights": loss_weights, "teacher": own_teacher}
+        _, found[name] = trainer.student(name, seen, fold, **options)
+    projected = build("ct+cortex", "compact", torch.Generator().manual_seed(seed))
+    channels = teacher.head.in_features
+    projected.stages[-1] = nn.Sequential(projected.stages[-1], nn.Conv3d(channels, channels, 1))
+    projected.head = teacher.head
+    options = {"loss_weights": {"loss_terms:last_stage_mse": 1.0}, "teacher": teacher}
+    no_ridge = trainer.fold(fit, gls | {"ridge": None})
+    _, found["teacher's head"] = trainer.student(
+        "teacher's head", data, no_ridge, network=projected, **options
+    )
     return found
 
 
-def by_distance(data: patches.Patches) -> list[dict]:
-    """Quartiles of the correlation of displaced patches, by displacement of their bone."""
-    distances = []
-    for knee_id, compartment in zip(data.table["knee_id"], data.table["compartment"], strict=True):
-        rng = np.random.default_rng([SEED, zlib.crc32(knee_id.encode()), 10])
-        shift = displacements(DISPLACED_MM, rng)[compartment.split("_")[0]]
-        distances.append(np.linalg.norm(shift))
-    correlation = pd.Series(patch_correlation(data.ct, data.mr, data.voi))
-    rows = []
-    for interval, values in correlation.groupby(pd.cut(distances, CLASSES_MM)):
-        quartiles = values.quantile([0.25, 0.5, 0.75]).set_axis(["25%", "50%", "75%"])
-        row = {"from_mm": interval.left, "to_mm": interval.right, "n_patches": len(values)}
-        rows.append(row | quartiles.to_dict())
-    return rows
+def with_few_labels(
+    data: TrainingData,
+    fit: np.ndarray,
+    others: np.ndarray,
+    test: np.ndarray,
+    folder: Path,
+    n_labelled: int,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Predictions (n_test, 4) of every arm of experiment 2, by name.
+
+    `fit` holds the rows of the paired knees, the labelled knees first; `others` the rows of the
+    knees of the teacher.
+    """
+    torch.set_num_threads(1)
+    trainer, arm = Trainer(folder, seed, test), ARMS["ct_residual"]
+    labelled, unlabelled = by_knee(data, fit, n_labelled)
+    teacher, scale = trainer.teacher("other teacher", data, others)
+    own, own_scale = trainer.teacher(f"own teacher, {n_labelled}", data, labelled)
+    hidden = data.targets.copy()
+    hidden[unlabelled] = np.nan
+    known = replace(data, targets=hidden)
+    fold = trainer.fold(labelled, fit_normalisation(known, labelled, arm), unlabelled)
+    found = {GLS_RIDGE: gls_ridge(known, labelled, test)}
+
+    def student(name: str, seen: TrainingData, own_fold: Fold, **options) -> None:
+        found[name] = trainer.student(f"{name}, {n_labelled}", seen, own_fold, **options)[1]
+
+    student(STUDENT, known, fold)
+    every = replace(fold, fit=fit)
+    student("feature L1", known, every, loss_weights=FEATURE_L1, teacher=teacher)
+    taught, taught_fold = with_teacher_labels(known, fold, arm, teacher, scale, Settings())
+    found[f"{GLS_RIDGE}, teacher's estimates"] = gls_ridge(taught, taught_fold.fit, test)
+    student(ESTIMATES, taught, taught_fold)
+    student(ESTIMATES_CAM, taught, taught_fold, loss_weights=CAM, teacher=teacher)
+    taught, taught_fold = with_teacher_labels(known, fold, arm, own, own_scale, Settings())
+    student(OWN_TEACHER, taught, taught_fold, loss_weights=CAM, teacher=own)
+    if n_labelled == N_SHUFFLED:
+        order = np.arange(len(hidden))
+        order[unlabelled] = np.random.default_rng(SEED).permutation(unlabelled)
+        shuffled = replace(known, mr=data.mr[order])
+        taught, taught_fold = with_teacher_labels(shuffled, fold, arm, teacher, scale, Settings())
+        options = {"loss_weights": CAM, "teacher": teacher}
+        student("student, shuffled pairs", taught, taught_fold, **options)
+    gls = fit_normalisation(data, fit, arm)
+    _, found[ALL_LABELLED] = trainer.student(STUDENT, data, trainer.fold(fit, gls))
+    return found
 
 
-def only(data: patches.Patches, knee_ids: np.ndarray) -> patches.Patches:
-    """Patches of the named knees."""
-    rows = np.flatnonzero(data.table["knee_id"].isin(knee_ids))
-    table = data.table.iloc[rows].reset_index(drop=True)
-    return patches.Patches(table, data.mr[rows], data.ct[rows], data.voi[rows])
+def by_knee(data: TrainingData, rows: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the first n knees of `rows`, and the other rows."""
+    first = np.isin(data.knees[rows], pd.unique(data.knees[rows])[:n])
+    return rows[first], rows[~first]
 
 
-def joined(a: patches.Patches, b: patches.Patches) -> patches.Patches:
-    """Patches of both, one after the other."""
-    return patches.Patches(
-        table=pd.concat([a.table, b.table], ignore_index=True),
-        mr=np.concatenate([a.mr, b.mr]),
-        ct=np.concatenate([a.ct, b.ct]),
-        voi=np.concatenate([a.voi, b.voi]),
+def gls_ridge(data: TrainingData, fit: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Estimates (n_test, 4) of the calibrated ridge with a random intercept per knee."""
+    x, y = data.features, data.targets
+    return ridge_estimates(x[fit], y[fit], data.subjects[fit], x[test], data.knees[fit])
+
+
+def rows_of(data: TrainingData, knees: np.ndarray) -> np.ndarray:
+    """Rows of the named knees, in the order of their names."""
+    return np.concatenate([np.flatnonzero(data.knees == knee) for knee in knees])
+
+
+def trained_folder(data: TrainingData, folder: Path) -> Path:
+    """Folder of the networks of these data, this code and these settings."""
+    digest = hashlib.sha256(np.ascontiguousarray(data.ct)).hexdigest()
+    code = (
+        source_sha256("ctsma.distillation"),
+        Path(__file__).with_name("loss_terms.py").read_text(),
     )
+    key = content_hash(digest, code, Settings().model_dump(), data.knees.tolist())
+    path = folder / "trained" / key[:16]
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def mean_of(by_seed: list[dict]) -> dict[str, np.ndarray]:
+    """Mean prediction over seeds by name."""
+    return {name: np.mean([found[name] for found in by_seed], axis=0) for name in by_seed[0]}
+
+
+def compared(data: TrainingData, test: np.ndarray, found: dict, comparisons: list) -> dict:
+    """All statistics of each arm, and the paired differences of the mean of the biomarkers."""
+    heads = data.table.iloc[test][["knee_id", "subject_id", "patch_id"]].reset_index(drop=True)
+    heads[[f"{name}_reference" for name in BIOMARKERS]] = data.targets[test]
+    parts = []
+    for name, values in found.items():
+        parts.append(heads.assign(arm=name, **dict(zip(BIOMARKERS, values.T, strict=True))))
+    predictions, rng = pd.concat(parts, ignore_index=True), np.random.default_rng(SEED)
+    table = agreement.agreement_table(predictions, rng)
+    statistics = [
+        c
+        for c in table
+        if c.removesuffix("_ci_low").removesuffix("_ci_high") in agreement.STATISTICS
+    ]
+    differences = agreement.paired_differences(predictions, comparisons, rng)
+    means = differences[differences["biomarker"] == "mean"].drop(columns="biomarker")
+    return {"arms": nested(table, statistics), "differences": means.to_dict("records")}
+
+
+def teacher(data: TrainingData, ids: np.ndarray, folder: Path, seeds: list, n_jobs: int) -> dict:
+    """Experiment 1: what a teacher adds where every pair has a reference."""
+    fit, test = rows_of(data, ids[:N_TRAINING]), rows_of(data, ids[-N_TEST:])
+    run = joblib.delayed(partial(with_teacher, data, fit, test, trained_folder(data, folder)))
+    by_seed = joblib.Parallel(n_jobs)(run(seed) for seed in seeds)
+    about = {"n_training": N_TRAINING, "n_test": N_TEST, "training_seeds": len(seeds)}
+    return about | compared(data, test, mean_of(by_seed), TEACHER_COMPARISONS)
+
+
+def few_labels(data: TrainingData, ids: np.ndarray, folder: Path, seeds: list, n_jobs: int) -> dict:
+    """Experiment 2: what a teacher adds where few pairs have a reference."""
+    groups = ids[:N_TRAINING], ids[N_TRAINING : 2 * N_TRAINING], ids[-N_TEST:]
+    fit, others, test = (rows_of(data, group) for group in groups)
+    trained = trained_folder(data, folder)
+    run = joblib.delayed(partial(with_few_labels, data, fit, others, test, trained))
+    jobs = [(n_labelled, seed) for seed in seeds for n_labelled in N_LABELLED]
+    found = joblib.Parallel(n_jobs)(run(*job) for job in jobs)
+    sizes = {}
+    for n_labelled in N_LABELLED:
+        own = [part for (n, _), part in zip(jobs, found, strict=True) if n == n_labelled]
+        sizes[str(n_labelled)] = compared(data, test, mean_of(own), FEW_COMPARISONS)
+    about = {"n_pairs": N_TRAINING, "n_test": N_TEST, "training_seeds": len(seeds)}
+    return about | {"by_labelled_knees": sizes}
+
+
+def oracle(data: TrainingData, run: Path, folder: Path, seeds: list, n_jobs: int) -> dict:
+    """The large-sample reference model: trained on all knees here, applied to a run's patches."""
+    other = prepare(patches.load_patches(run / "patches"))
+    arrays = {}
+    for name in ("subjects", "knees", "targets", "ct", "mr", "voi", "region", "cortical_hu"):
+        arrays[name] = np.concatenate([getattr(data, name), getattr(other, name)])
+    arrays["features"] = np.concatenate([data.features, other.features])
+    table = pd.concat([data.table, other.table], ignore_index=True)
+    whole, n = TrainingData(table=table, **arrays), len(data.table)
+    trained = trained_folder(whole, folder)
+    train_one = joblib.delayed(partial(oracle_network, whole, n, trained))
+    predicted = np.mean(joblib.Parallel(n_jobs)(train_one(seed) for seed in seeds), axis=0)
+    rows = other.table[["knee_id", "subject_id", "patch_id"]].assign(arm="ct_oracle")
+    rows[list(BIOMARKERS)] = predicted
+    rows[[f"{name}_reference" for name in BIOMARKERS]] = other.targets  # to recognise the patches
+    text = rows.to_csv(index=False, float_format="%.5g")
+    write_text(OUT.with_name("distillation_oracle.csv"), text)
+    n_knees = int(data.table["knee_id"].nunique())
+    return {"n_knees": n_knees, "epochs": ORACLE_EPOCHS, "training_seeds": len(seeds)}
+
+
+def oracle_network(whole: TrainingData, n: int, folder: Path, seed: int) -> np.ndarray:
+    """Predictions of the rows from n on by one network trained on the rows before."""
+    torch.set_num_threads(1)
+    fit, test = np.arange(n), np.arange(n, len(whole.table))
+    trainer = Trainer(folder, seed, test)
+    fold = trainer.fold(fit, fit_normalisation(whole, fit, ARMS["ct_residual"]))
+    options = {"settings": Settings(epochs=ORACLE_EPOCHS)}
+    return trainer.student("ct_oracle", whole, fold, **options)[1]
 
 
 def knowledge(data: TrainingData, subjects: pd.DataFrame, ids: np.ndarray) -> dict:
@@ -398,38 +396,17 @@ def knowledge(data: TrainingData, subjects: pd.DataFrame, ids: np.ndarray) -> di
     return found
 
 
-def oracle(data: TrainingData, run: Path, seeds: list[int]) -> dict:
-    """The large-sample reference model: trained on all knees here, applied to a run's patches."""
-    torch.set_num_threads(1)
-    other = prepare(patches.load_patches(run / "patches"))
-    arrays = {}
-    for name in ("subjects", "targets", "ct", "mr", "voi", "region", "cortical_hu", "features"):
-        arrays[name] = np.concatenate([getattr(data, name), getattr(other, name)])
-    table = pd.concat([data.table, other.table], ignore_index=True)
-    whole, n = TrainingData(table=table, **arrays), len(data.table)
-    fold = fold_of(whole, np.arange(n), np.arange(n, len(table)), "ct_residual")
-    settings = Settings(epochs=ORACLE_EPOCHS)
-    predicted = students(whole, fold, {"ct_oracle": {}}, {}, seeds, settings)["ct_oracle"]
-    rows = other.table[["knee_id", "subject_id", "patch_id"]].assign(arm="ct_oracle")
-    rows[list(BIOMARKERS)] = predicted
-    rows[[f"{name}_reference" for name in BIOMARKERS]] = other.targets  # to recognise the patches
-    text = rows.to_csv(index=False, float_format="%.5g")
-    write_text(OUT.with_name("distillation_oracle.csv"), text)
-    n_knees = int(data.table["knee_id"].nunique())
-    return {"n_knees": n_knees, "epochs": ORACLE_EPOCHS, "training_seeds": len(seeds)}
-
-
 def frequency(run: Path) -> dict:
     """Mean ICC of a run's CT arms on its test patches with blurred CT, and differences there."""
     data, folder = prepare(patches.load_patches(run / "patches")), run / "models"
     rows, found = np.arange(len(data.table)), {}
-    compared = [("ct_sma", "ct_only"), ("ct_residual", "ct_only"), ("ct_sma_plus", "ct_residual")]
+    pairs = [("ct_sma", "ct_only"), ("ct_residual", "ct_only"), ("ct_sma_plus", "ct_residual")]
     for blur_mm in BLUR_MM:
         sigma = (0, 0, *[blur_mm / spacing for spacing in patches.CT_SPACING_MM[1:]])
         ct = ndimage.gaussian_filter(data.ct, sigma, mode="nearest")
         features = ridge_features(ct, data.voi, data.cortical_hu)
         blurred = replace(data, ct=ct, features=features)
-        predicted = {arm: np.zeros_like(data.targets) for pair in compared for arm in pair}
+        predicted = {arm: np.zeros_like(data.targets) for pair in pairs for arm in pair}
         for arm, values in predicted.items():
             records = read_records(folder, arm)
             n_seeds = len({record["seed"] for record in records})
@@ -437,38 +414,8 @@ def frequency(run: Path) -> dict:
                 stem = folder / f"{arm}_fold{record['fold']}_seed{record['seed']}"
                 own = np.flatnonzero(np.isin(data.subjects, record["subjects"]["test"]))
                 values[own] += predict(*load_model(stem), blurred, own) / n_seeds
-        found[str(blur_mm)] = {
-            f"{a}_vs_{b}": difference(data, rows, predicted[a], predicted[b]) for a, b in compared
-        }
+        found[str(blur_mm)] = compared(data, rows, predicted, pairs)
     return found
-
-
-def difference(data: TrainingData, rows: np.ndarray, a: np.ndarray, b: np.ndarray) -> dict:
-    """Mean ICC of both, their paired difference with a subject-bootstrap interval, and why.
-
-    Also `correlation_and_error` of both: an ICC can rise by ranking or by less shrinkage.
-    """
-    reference, subjects = data.targets[rows], data.subjects[rows]
-    rng = np.random.default_rng(SEED)
-    found = agreement.bootstrap_icc_difference(reference, a, b, subjects, rng)
-    for suffix, estimate in (("", a), ("_other", b)):
-        iccs = [agreement.icc(reference[:, j], estimate[:, j])["icc"] for j in range(4)]
-        found[f"icc{suffix}"] = np.mean(iccs)
-        details = correlation_and_error(reference, estimate)
-        found |= {f"{key}{suffix}": value for key, value in details.items()}
-    return found | {"n_knees": len(set(subjects))}
-
-
-def correlation_and_error(reference: np.ndarray, estimate: np.ndarray) -> dict[str, float]:
-    """correlation, sd_ratio (SD of the estimate over the reference's) and relative_error.
-
-    Values (n, biomarkers); each number is the mean over biomarkers.
-    """
-    pairs = list(zip(reference.T, estimate.T, strict=True))
-    found = {"correlation": [np.corrcoef(x, y)[0, 1] for x, y in pairs]}
-    found["sd_ratio"] = [y.std() / x.std() for x, y in pairs]
-    found["relative_error"] = [np.mean((y - x) ** 2) / x.var() for x, y in pairs]
-    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def drawn_ct(knee_ids: np.ndarray) -> pd.DataFrame:
@@ -495,11 +442,6 @@ def show(line: str, done: int, total: int) -> None:
     print(f"{done}/{total} {line}", flush=True)
 
 
-def measured(part: str) -> dict:
-    """What was written of a part so far."""
-    return json.loads(OUT.read_text()).get(part, {}) if OUT.exists() else {}
-
-
 def keep(part: str, found: dict) -> None:
     """Write one part beside the others."""
     content = json.loads(OUT.read_text()) if OUT.exists() else {}
@@ -515,29 +457,32 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path)
     parser.add_argument("--folder", type=Path, required=True, help="of the scanned knees, kept")
-    parser.add_argument("--seeds", type=int, default=1, help="networks that are averaged")
+    parser.add_argument("--seeds", type=int, default=4, help="networks that are averaged")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", choices=PARTS, help="one part; the others are kept")
     given = parser.parse_args()
     subjects = draw_subjects(load_protocol(), LAST, SEED).iloc[FIRST:]
     ids = np.random.default_rng(SEED).permutation(np.unique(subjects["knee_id"].to_numpy(str)))
-    needed = ids
-    if given.only == "displaced_pairs":
-        needed = np.r_[ids[: SIZES[-1]], ids[-N_TEST:]]
-    elif given.only == "frequency":
-        needed = ids[:1]
-    own, seeds = subjects[subjects["knee_id"].isin(needed)], list(range(given.seeds))
-    data = prepare(scan_patches(own, given.folder, SCANS, given.jobs))
-    parts = {
-        "oracle": partial(oracle, data, given.run, seeds),
-        "knowledge": partial(knowledge, data, subjects, ids[:N_KNOWLEDGE]),
-        "learning": partial(learning, data, ids, seeds, given.jobs),
-        "terms": partial(terms, data, ids, seeds, given.jobs),
-        "displaced_pairs": partial(displaced_pairs, given.folder, ids, subjects, seeds, given.jobs),
-        "frequency": partial(frequency, given.run),
+    needed = {
+        "teacher": np.r_[ids[:N_TRAINING], ids[-N_TEST:]],
+        "few_labels": np.r_[ids[: 2 * N_TRAINING], ids[-N_TEST:]],
+        "knowledge": ids[:N_KNOWLEDGE],
+        "oracle": ids,
     }
-    for name in [given.only] if given.only else parts:
-        keep(name, parts[name]())
+    work = given.folder, list(range(given.seeds)), given.jobs
+    for part in [given.only] if given.only else PARTS:
+        if part == "frequency":
+            keep(part, frequency(given.run))
+            continue
+        own = subjects[subjects["knee_id"].isin(needed[part])]
+        data = prepare(scan_patches(own, given.folder, SCANS, given.jobs))
+        if part == "oracle":
+            keep(part, oracle(data, given.run, *work))
+        elif part == "knowledge":
+            keep(part, knowledge(data, subjects, needed[part]))
+        else:
+            measure = {"teacher": teacher, "few_labels": few_labels}[part]
+            keep(part, measure(data, ids, *work))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ from scipy import stats
 from ctsma.common import BIOMARKERS, InputError
 
 MEASURES = (*BIOMARKERS, "mean")
+STATISTICS = ("icc", "r", "relative_error", "r_within", "r_between")
+DIFFERENCE_COLUMNS = ["arm", "against", "statistic", "biomarker"]
+DIFFERENCE_COLUMNS += ["difference", "ci_low", "ci_high", "p"]
 _PATCH = ["knee_id", "patch_id"]
 _Z95 = stats.norm.ppf(0.975)  # two-sided 95 % normal quantile, 1.96
 
@@ -86,30 +89,40 @@ def bootstrap_icc(reference, estimate, subjects, rng, n_resamples=2000) -> dict[
     return {"icc": float(values[0])} | _interval(values)
 
 
-def bootstrap_icc_difference(
-    reference, estimate_a, estimate_b, subjects, rng, n_resamples=2000
-) -> dict[str, float]:
-    """Paired difference of ICC(A,1), a minus b, on the same resampled subjects.
+def bootstrap_differences(
+    reference, estimate_a, estimate_b, subjects, knees, rng, n_resamples=2000
+) -> pd.DataFrame:
+    """Paired differences, a minus b, of all `STATISTICS` on the same resampled subjects.
 
-    Shapes as in `bootstrap_icc`. Returns difference, ci_low, ci_high and p (two-sided: twice the
+    Values (n, 4), one column per biomarker; knees (n,) name the knee of each patch. Returns
+    statistic, biomarker ("mean" first), difference, ci_low, ci_high and p (two-sided: twice the
     smaller share of resamples beyond zero).
     """
-    seed = rng.integers(2**63)
-    values = []
+    seed, both = rng.integers(2**63), []
     for estimate in (estimate_a, estimate_b):
         x, y = _varying_pairs(reference, estimate)
-        moments = _resampled_moments(x, y, subjects, np.random.default_rng(seed), n_resamples)
-        values.append(_icc(moments).mean(axis=0))
-    draws = values[0] - values[1]
-    return {"difference": float(draws[0])} | _interval(draws) | {"p": _bootstrap_p(draws)}
+        own_rng = np.random.default_rng(seed)
+        both.append(_statistics(x, y, subjects, knees, own_rng, n_resamples))
+    rows = []
+    for statistic in STATISTICS:
+        by_biomarker = both[0][statistic] - both[1][statistic]
+        every = [by_biomarker.mean(axis=0), *by_biomarker]
+        for name, draws in zip(("mean", *BIOMARKERS), every, strict=True):
+            row = {"statistic": statistic, "biomarker": name, "difference": float(draws[0])}
+            rows.append(row | _interval(draws) | {"p": _bootstrap_p(draws)})
+    return pd.DataFrame(rows)
 
 
-def icc_table(predictions, rng, by=("arm",), against="reference", n_resamples=2000) -> pd.DataFrame:
-    """`bootstrap_icc` of every group, for each biomarker and for "mean", the mean of the four ICCs.
+def agreement_table(
+    predictions, rng, by=("arm",), against="reference", n_resamples=2000
+) -> pd.DataFrame:
+    """`STATISTICS` of every group, for each biomarker and for "mean", the mean of the four.
 
     `by` names the columns that make groups (arm, compartment, seed, ...), `against` the reference:
-    columns `<biomarker>_<against>`. Returns by, biomarker, n_patches, n_subjects, icc, ci_low,
-    ci_high. Raises InputError where a group holds a patch twice: it would count twice.
+    columns `<biomarker>_<against>`. Returns by, biomarker, n_patches, n_subjects and each statistic
+    with `<statistic>_ci_low` and `<statistic>_ci_high` (bootstrap over subjects). r_within is NaN
+    where no knee has two patches. Raises InputError where a group holds a patch twice: it would
+    count twice.
     """
     by, rows = list(by), []
     if predictions.duplicated([*by, *_PATCH]).any():
@@ -117,69 +130,52 @@ def icc_table(predictions, rng, by=("arm",), against="reference", n_resamples=20
         raise InputError("predictions", problem, "average over seeds first, or group by seed")
     for group, frame in predictions.groupby(by):
         x, y = _varying_pairs(*_reference_and_estimate(frame, against))
-        draws = _icc(_resampled_moments(x, y, frame["subject_id"], rng, n_resamples))
-        labels = dict(zip(by, group, strict=True))
-        sizes = {"n_patches": len(frame), "n_subjects": frame["subject_id"].nunique()}
-        for name, values in zip(MEASURES, [*draws, draws.mean(axis=0)], strict=True):
-            found = {"biomarker": name} | sizes | {"icc": float(values[0])} | _interval(values)
-            rows.append(labels | found)
-    return pd.DataFrame(rows)
-
-
-def icc_differences(predictions, comparisons, rng, n_resamples=2000) -> pd.DataFrame:
-    """`bootstrap_icc_difference` of each comparison (arm, other arm) whose arms are both there.
-
-    Returns arm, against, biomarker ("mean" first), difference, ci_low, ci_high, p.
-    """
-    by_arm = {arm: rows.set_index(_PATCH) for arm, rows in predictions.groupby("arm", sort=False)}
-    rows = []
-    for arm, other in comparisons:
-        if arm not in by_arm or other not in by_arm:
-            continue
-        first = next(iter(by_arm.values()))
-        a, b = by_arm[arm].loc[first.index], by_arm[other].loc[first.index]
-        for name in ("mean", *BIOMARKERS):
-            columns = list(BIOMARKERS) if name == "mean" else [name]
-            reference = first[[f"{column}_reference" for column in columns]]
-            found = bootstrap_icc_difference(
-                reference, a[columns], b[columns], first["subject_id"], rng, n_resamples
-            )
-            rows.append({"arm": arm, "against": other, "biomarker": name} | found)
-    columns = ["arm", "against", "biomarker", "difference", "ci_low", "ci_high", "p"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def correlation_table(predictions, rng, n_resamples=2000) -> pd.DataFrame:
-    """Correlation and relative squared error by arm, whole and within and between knees.
-
-    Definitions stand at the top of this module. Returns arm, biomarker (the four and their "mean")
-    and r, relative_error, r_within, r_between, each with `_ci_low` and `_ci_high` (bootstrap over
-    subjects). r_within is NaN where no knee has two patches.
-    """
-    rows = []
-    for arm, frame in predictions.groupby("arm"):
-        x, y = _varying_pairs(*_reference_and_estimate(frame, "reference"))
-        subjects, knees = frame["subject_id"].to_numpy(), frame["knee_id"].to_numpy()
-        mean_x = pd.DataFrame(x).groupby(knees).transform("mean").to_numpy()
-        mean_y = pd.DataFrame(y).groupby(knees).transform("mean").to_numpy()
-        one_per_knee = ~frame["knee_id"].duplicated().to_numpy()
-        whole = _resampled_moments(x, y, subjects, rng, n_resamples)
-        within = _resampled_moments(x - mean_x, y - mean_y, subjects, rng, n_resamples)
-        knee_values = mean_x[one_per_knee], mean_y[one_per_knee], subjects[one_per_knee]
-        between = _resampled_moments(*knee_values, rng, n_resamples)
-        statistics = {
-            "r": _correlation(whole),
-            "relative_error": _relative_error(whole),
-            "r_within": _correlation(within),
-            "r_between": _correlation(between),
-        }
+        found = _statistics(x, y, frame["subject_id"], frame["knee_id"], rng, n_resamples)
+        about = dict(zip(by, group, strict=True))
+        about |= {"n_patches": len(frame), "n_subjects": frame["subject_id"].nunique()}
         for column, name in enumerate(MEASURES):
-            row = {"arm": arm, "biomarker": name}
-            for statistic, draws in statistics.items():
+            row = about | {"biomarker": name}
+            for statistic, draws in found.items():
                 values = draws.mean(axis=0) if name == "mean" else draws[column]
                 row |= {statistic: float(values[0])} | _interval(values, f"{statistic}_")
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def paired_differences(predictions, comparisons, rng, n_resamples=2000) -> pd.DataFrame:
+    """`bootstrap_differences` of each comparison (arm, other arm) whose arms are both there.
+
+    Returns arm, against, statistic, biomarker ("mean" first), difference, ci_low, ci_high, p.
+    """
+    by_arm = {arm: rows.set_index(_PATCH) for arm, rows in predictions.groupby("arm", sort=False)}
+    tables = [pd.DataFrame(columns=DIFFERENCE_COLUMNS)]
+    for arm, other in comparisons:
+        if arm in by_arm and other in by_arm:
+            a = by_arm[arm]
+            reference, estimate = _reference_and_estimate(a, "reference")
+            other_estimate = by_arm[other].loc[a.index, list(BIOMARKERS)].to_numpy()
+            knees = a.index.get_level_values("knee_id")
+            table = bootstrap_differences(
+                reference, estimate, other_estimate, a["subject_id"], knees, rng, n_resamples
+            )
+            tables.append(table.assign(arm=arm, against=other)[DIFFERENCE_COLUMNS])
+    return pd.concat(tables[1:] or tables, ignore_index=True)
+
+
+def _statistics(x, y, subjects, knees, rng, n_resamples) -> dict[str, ndarray]:
+    """Each of `STATISTICS` (columns, 1 + resamples of subjects) of values (n, columns)."""
+    subjects, knees = np.asarray(subjects), np.asarray(knees)
+    mean_x = pd.DataFrame(x).groupby(knees).transform("mean").to_numpy()
+    mean_y = pd.DataFrame(y).groupby(knees).transform("mean").to_numpy()
+    _, one_per_knee = np.unique(knees, return_index=True)
+    whole = _resampled_moments(x, y, subjects, rng, n_resamples)
+    within = _resampled_moments(x - mean_x, y - mean_y, subjects, rng, n_resamples)
+    knee_values = mean_x[one_per_knee], mean_y[one_per_knee], subjects[one_per_knee]
+    between = _resampled_moments(*knee_values, rng, n_resamples)
+    values = _icc(whole), _correlation(whole), _relative_error(whole)
+    return dict(
+        zip(STATISTICS, (*values, _correlation(within), _correlation(between)), strict=True)
+    )
 
 
 def bland_altman(

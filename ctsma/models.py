@@ -6,14 +6,15 @@ trabecular region (0 to 1). Teacher and student have feature maps on one grid, s
 compare them.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from monai.networks.blocks import UnetResBlock
 from monai.networks.nets.resnet import ResNet
 from scipy.ndimage import uniform_filter
 from sklearn.linear_model import Ridge
-from sklearn.model_selection import GridSearchCV, GroupKFold
-from sklearn.pipeline import make_pipeline
+from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional
@@ -33,6 +34,8 @@ LAGS = {1: (1, 2), 2: (1, 2, 3, 4), 3: (1, 2, 3, 4)}  # voxels by axis, to 1.75 
 BOXES = (2, 3, 5)  # in-plane voxels of the band-pass filters; design choice
 LAYERS = 4  # of depth below the joint surface; design choice
 ALPHAS = np.logspace(-1, 4, 11)  # ridge strengths tried; design choice
+# Correlations of the errors of a knee's patches that a ridge tries; design choice
+RHOS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75)
 N_CALIBRATED = 3  # last columns of `ridge_features`, which need cortical HU
 
 
@@ -228,33 +231,118 @@ def ridge_features(ct: np.ndarray, voi: np.ndarray, cortical_hu: np.ndarray) -> 
     return np.column_stack([features, *calibrated])
 
 
-def fit_ridge(features: np.ndarray, targets: np.ndarray, subjects: np.ndarray) -> np.ndarray:
-    """Ridge per target, its strength by cross-validation over subjects.
+class RidgeFit(NamedTuple):
+    """A ridge of m targets, and what its cross-validation found of errors within a knee."""
 
-    features (n, k), targets (n, m), subjects (n,) of the training fold. Returns weights (k + 1, m),
-    the intercepts first.
+    weights: np.ndarray  # (k + 1, m), the intercepts first
+    rho: np.ndarray  # (m,) correlation of the errors of a knee's patches that predicted best
+    error_correlation: np.ndarray  # (m,) of the cross-validated errors, see `correlation_within`
+
+
+def fit_ridge(
+    features: np.ndarray, targets: np.ndarray, subjects: np.ndarray, knees: np.ndarray | None = None
+) -> RidgeFit:
+    """Ridge by generalised least squares per target, its strength and rho by cross-validation.
+
+    Parameters
+    ----------
+    features, targets, subjects : (n, k), (n, m), (n,) of the training fold; the cross-validation
+        divides subjects.
+    knees : (n,) knee of each patch. Without it, or where no knee has two patches, rho is 0
+        (ordinary least squares).
     """
-    groups = GroupKFold(min(5, len(np.unique(subjects))))
-    pipeline, grid = make_pipeline(StandardScaler(), Ridge()), {"ridge__alpha": ALPHAS}
-    search = GridSearchCV(pipeline, grid, cv=groups, scoring="neg_mean_squared_error")
-    scaler, columns = StandardScaler().fit(features), []
-    for target in targets.T:
-        ridge = search.fit(features, target, groups=subjects).best_estimator_["ridge"]
-        weights = ridge.coef_ / scaler.scale_
-        columns.append([ridge.intercept_ - weights @ scaler.mean_, *weights])
-    return np.transpose(columns)
+    repeated = knees is not None and len(np.unique(knees)) < len(knees)
+    knees, rhos = (knees, RHOS) if repeated else (np.arange(len(features)), RHOS[:1])
+    n_targets, folds = targets.shape[1], GroupKFold(min(5, len(np.unique(subjects))))
+    tiled, alphas = np.tile(targets, len(ALPHAS)), np.repeat(ALPHAS, n_targets)  # all at once
+    errors, squared = np.zeros((len(rhos), *tiled.shape)), np.zeros((len(rhos), tiled.shape[1]))
+    for fit, held_out in folds.split(features, groups=subjects):
+        for i, rho in enumerate(rhos):
+            weights = _gls_ridge(features[fit], tiled[fit], knees[fit], rho, alphas)
+            errors[i, held_out] = _linear(weights, features[held_out]) - tiled[held_out]
+            squared[i] += (errors[i, held_out] ** 2).mean(axis=0)
+    candidates = [(i, j) for i in range(len(rhos)) for j in range(len(ALPHAS))]
+    best = squared.reshape(len(candidates), n_targets).argmin(axis=0)
+    weights, chosen, remaining = [], [], []
+    for target, (i, j) in enumerate(candidates[k] for k in best):
+        column = targets[:, [target]]
+        weights.append(_gls_ridge(features, column, knees, rhos[i], ALPHAS[[j]])[:, 0])
+        chosen.append(rhos[i])
+        remaining.append(errors[i, :, j * n_targets + target])
+    correlation = correlation_within(np.transpose(remaining), knees)
+    return RidgeFit(np.transpose(weights), np.array(chosen), correlation)
+
+
+def correlation_within(errors: np.ndarray, knees: np.ndarray) -> np.ndarray:
+    """Intraclass correlation of errors (n, m) of one knee: (m,), 0 where no knee has two patches.
+
+    The share of the variance that patches of a knee have in common, by analysis of variance of a
+    random intercept per knee (Searle 1992, 3.6), not below 0.
+    """
+    counts, means = _knee_means(errors, knees)
+    n, n_knees = len(errors), (1 / counts).sum()
+    if n - n_knees < 0.5:
+        return np.zeros(errors.shape[1])
+    within = ((errors - means) ** 2).sum(axis=0) / (n - n_knees)
+    between = ((means - errors.mean(axis=0)) ** 2).sum(axis=0) / (n_knees - 1)
+    per_knee = (n - counts.mean()) / (n_knees - 1)  # patches, corrected for unequal numbers
+    share = (between - within) / (between + (per_knee - 1) * within)
+    return share.clip(0)
+
+
+def _knee_means(values: np.ndarray, knees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number of patches of each row's knee (n,) and their mean (n, k)."""
+    _, codes = np.unique(knees, return_inverse=True)
+    counts, sums = np.bincount(codes), np.zeros((codes.max() + 1, values.shape[1]))
+    np.add.at(sums, codes, values)
+    return counts[codes], (sums / counts[:, None])[codes]
+
+
+def _gls_ridge(
+    features: np.ndarray, targets: np.ndarray, knees: np.ndarray, rho: float, alphas: np.ndarray
+) -> np.ndarray:
+    """Weights (k + 1, m) of a ridge on quasi-demeaned values; alphas (m,) are its strengths.
+
+    Ordinary least squares on y - theta mean(y of the knee), the intercept treated alike, is
+    generalised least squares with a random intercept per knee (Wooldridge 2010, 10.4). Divided by
+    1 - theta and with its square as the weight of the row, the intercept is an ordinary one.
+    """
+    scaler, demeaned = StandardScaler().fit(features), []
+    for values in (scaler.transform(features), targets):
+        counts, means = _knee_means(values, knees)
+        kept = 1 - quasi_demeaning(rho, counts)
+        demeaned.append(means + (values - means) / kept[:, None])
+    ridge = Ridge(alphas).fit(*demeaned, sample_weight=kept**2)
+    weights = np.atleast_2d(ridge.coef_).T / scaler.scale_[:, None]
+    return np.vstack([ridge.intercept_ - scaler.mean_ @ weights, weights])
+
+
+def quasi_demeaning(rho: float, counts: np.ndarray) -> np.ndarray:
+    """theta, the share of a knee's mean error that is taken off, by number of its patches.
+
+    rho is the correlation of the errors of a knee's patches.
+    """
+    return 1 - np.sqrt((1 - rho) / (1 - rho + counts * rho))
 
 
 def apply_ridge(
     weights: np.ndarray, features: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> np.ndarray:
     """Estimates (n, m) by weights (k + 1, m) from features (n, k), kept within low, high (m,)."""
-    return (weights[0] + features @ weights[1:]).clip(low, high)
+    return _linear(weights, features).clip(low, high)
+
+
+def _linear(weights: np.ndarray, features: np.ndarray) -> np.ndarray:
+    return weights[0] + features @ weights[1:]
 
 
 def ridge_estimates(
-    features: np.ndarray, targets: np.ndarray, subjects: np.ndarray, unseen: np.ndarray
+    features: np.ndarray,
+    targets: np.ndarray,
+    subjects: np.ndarray,
+    unseen: np.ndarray,
+    knees: np.ndarray | None = None,
 ) -> np.ndarray:
     """Estimates (m, 4) of `fit_ridge` for unseen (m, k), kept within the range of the targets."""
-    weights = fit_ridge(features, targets, subjects)
+    weights = fit_ridge(features, targets, subjects, knees).weights
     return apply_ridge(weights, unseen, targets.min(0), targets.max(0))

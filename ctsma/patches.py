@@ -138,6 +138,8 @@ def cut_and_measure(
         mr_patches = np.array(stack)
         arrays[f"{prefix}mr"] = mr_patches.astype(np.float16)
         table = table.assign(**measure_reference(mr_patches, voi, definition, prefix))
+    if knee.get("has_reference") == 0:
+        table[list(BIOMARKERS)] = np.nan  # the pair serves distillation alone
     if not scans:
         table["flag"] = np.where(voi.mean(axis=(1, 2, 3)) < MIN_VOI, LACKING, "")
     outside_ct = np.isnan(ct_patches).any(axis=(1, 2, 3)) & (table["flag"] == "")

@@ -8,15 +8,14 @@ from scipy import stats
 
 from ctsma import agreement
 from ctsma.agreement import (
+    agreement_table,
     bland_altman,
+    bootstrap_differences,
     bootstrap_icc,
-    bootstrap_icc_difference,
     conformal_radius,
-    correlation_table,
     cross_conformal,
     icc,
-    icc_differences,
-    icc_table,
+    paired_differences,
 )
 from ctsma.common import BIOMARKERS, InputError
 from ctsma_lab.views import cohort_matches, nested
@@ -155,16 +154,22 @@ def test_mean_over_biomarkers_and_same_generator_same_numbers(patches):
     assert result == bootstrap_icc(reference, estimate, subjects, np.random.default_rng(1))
 
 
-def test_paired_difference_is_zero_for_equal_arms_and_significant_for_a_worse_one(patches):
+def test_paired_differences_are_zero_for_equal_arms_and_significant_for_a_worse_one(patches):
     reference, estimate, subjects = patches
     rng = np.random.default_rng(2)
-    same = bootstrap_icc_difference(reference, estimate, estimate, subjects, rng, 200)
-    assert same == {"difference": 0, "ci_low": 0, "ci_high": 0, "p": 1}
+    options = {"subjects": subjects, "knees": subjects, "rng": rng, "n_resamples": 200}
+    same = bootstrap_differences(reference, estimate, estimate, **options)
+    assert (same[["difference", "ci_low", "ci_high"]] == 0).all(axis=None) and (
+        same["p"] == 1
+    ).all()
     worse = estimate + rng.normal(size=estimate.shape)
-    gain = bootstrap_icc_difference(reference, estimate, worse, subjects, rng)
-    assert gain["ci_low"] > 0 and gain["p"] < 0.05
+    table = bootstrap_differences(reference, estimate, worse, **options)
+    gain = table[table["biomarker"] == "mean"].set_index("statistic")
+    better = gain.loc[["icc", "r", "r_within"]]
+    assert (better["ci_low"] > 0).all() and (better["p"] < 0.05).all()
+    assert gain.loc["relative_error", "ci_high"] < 0
     parts = [bootstrap_icc(reference, e, subjects, rng, 10)["icc"] for e in (estimate, worse)]
-    assert gain["difference"] == pytest.approx(parts[0] - parts[1])
+    assert gain.loc["icc", "difference"] == pytest.approx(parts[0] - parts[1])
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +199,9 @@ def test_correlation_and_error_of_a_straight_line():
     x = (x - x.mean()) / x.std()
     # r = 1; mean of (0.5 x - 0.1)^2 for x of mean 0 and variance 1: 0.25 + 0.01
     for estimate, r, error in ((0.5 * x + 0.1, 1, 0.26), (-x, -1, 4)):
-        found = correlation_table(table_of(x, estimate), np.random.default_rng(0), 20).iloc[-1]
+        found = agreement_table(
+            table_of(x, estimate), np.random.default_rng(0), n_resamples=20
+        ).iloc[-1]
         assert list(found[["r", "relative_error"]]) == pytest.approx([r, error])
 
 
@@ -210,12 +217,13 @@ def test_stretching_raises_icc_and_error_as_the_module_states():
         assert error == pytest.approx(1 + s**2 - 2 * r * s, abs=0.01)
 
 
-def test_correlation_table_separates_within_from_between_knees(predictions):
+def test_the_table_separates_within_from_between_knees(predictions):
     names, references = list(BIOMARKERS), [f"{name}_reference" for name in BIOMARKERS]
     means = predictions.groupby("knee_id")[names + references].transform("mean")
     deviations = predictions[names + references] - means
     one_per_knee = ~predictions["knee_id"].duplicated()
-    table = correlation_table(predictions, np.random.default_rng(0), 500).set_index("biomarker")
+    table = agreement_table(predictions, np.random.default_rng(0), n_resamples=500)
+    table = table.set_index("biomarker")
     for name in names:
         pair = [name, f"{name}_reference"]
         row, (x, y) = table.loc[name], predictions[pair].to_numpy().T
@@ -236,33 +244,38 @@ def test_a_density_per_knee_correlates_between_knees_only(predictions):
     means = references.groupby(predictions["knee_id"]).transform("mean").to_numpy()
     density = predictions.assign(**dict(zip(names, means.T, strict=True)))
     density[names] += 0.01 * rng.normal(size=means.shape)
-    table = correlation_table(density, rng, 50).set_index("biomarker")
+    table = agreement_table(density, rng, n_resamples=50).set_index("biomarker")
     assert table.loc["mean", "r_between"] > 0.99
     assert abs(table.loc["mean", "r_within"]) < 0.1  # 4 biomarkers of 480 patches: 4 SE
     single = predictions.drop_duplicates("knee_id")
-    assert correlation_table(single, rng, 50)["r_within"].isna().all()
+    assert agreement_table(single, rng, n_resamples=50)["r_within"].isna().all()
 
 
-def test_icc_table_gives_each_group_and_refuses_a_patch_counted_twice(predictions, patches):
+def test_the_table_gives_each_group_and_refuses_a_patch_counted_twice(predictions, patches):
     reference, estimate, _ = patches
     shuffled = predictions.sample(frac=1, random_state=0)
-    table = icc_table(shuffled, np.random.default_rng(0), ["arm", "bone"], n_resamples=50)
+    table = agreement_table(shuffled, np.random.default_rng(0), ["arm", "bone"], n_resamples=50)
     row = table.set_index(["arm", "bone", "biomarker"]).loc[("ct_only", "tibia", "bv_tv")]
     assert row["icc"] == pytest.approx(icc(reference[1::2, 0], estimate[1::2, 0])["icc"])
     assert (row["n_patches"], row["n_subjects"], len(table)) == (240, 40, 10)
     two_seeds = pd.concat([predictions.assign(seed=0), predictions.assign(seed=1)])
-    assert len(icc_table(two_seeds, np.random.default_rng(0), ["arm", "seed"], n_resamples=9)) == 10
+    assert (
+        len(agreement_table(two_seeds, np.random.default_rng(0), ["arm", "seed"], n_resamples=9))
+        == 10
+    )
     with pytest.raises(InputError, match="a patch twice"):
-        icc_table(two_seeds, np.random.default_rng(0))
+        agreement_table(two_seeds, np.random.default_rng(0))
     true = predictions.rename(columns=lambda name: name.replace("_reference", "_true"))
-    against_truth = icc_table(true, np.random.default_rng(0), against="true", n_resamples=50)
-    assert against_truth.equals(icc_table(predictions, np.random.default_rng(0), n_resamples=50))
+    against_truth = agreement_table(true, np.random.default_rng(0), against="true", n_resamples=50)
+    assert against_truth.equals(
+        agreement_table(predictions, np.random.default_rng(0), n_resamples=50)
+    )
 
 
 def test_tables_nest_for_a_results_file(predictions):
-    table = icc_table(predictions, np.random.default_rng(0), n_resamples=50)
-    found = nested(table, ["icc", "ci_low"])["ct_only"]
-    assert set(found) == {*BIOMARKERS, "mean"} and set(found["mean"]) == {"icc", "ci_low"}
+    table = agreement_table(predictions, np.random.default_rng(0), n_resamples=50)
+    found = nested(table, ["icc", "icc_ci_low"])["ct_only"]
+    assert set(found) == {*BIOMARKERS, "mean"} and set(found["mean"]) == {"icc", "icc_ci_low"}
     assert nested(table, "icc")["ct_only"]["bv_tv"] == found["bv_tv"]["icc"]
 
 
@@ -272,14 +285,14 @@ def test_differences_pair_arms_by_patch(predictions):
     worse[names] += np.random.default_rng(1).normal(size=(480, 4))
     both = pd.concat([predictions, worse])
     comparisons = [("ct_only", "ct_sma"), ("ct_only", "mr_teacher")]
-    table = icc_differences(both, comparisons, np.random.default_rng(0), 200)
-    assert table["biomarker"].tolist() == ["mean", *names]  # an arm that is not there is left out
-    values = icc_table(both, np.random.default_rng(0), n_resamples=50).set_index(
-        ["arm", "biomarker"]
-    )
+    table = paired_differences(both, comparisons, np.random.default_rng(0), 200)
+    assert len(table) == 25 and set(table["against"]) == {"ct_sma"}  # no teacher there: left out
+    rng, keys = np.random.default_rng(0), ["arm", "biomarker"]
+    values = agreement_table(both, rng, n_resamples=50).set_index(keys)
     for row in table.to_dict("records"):
-        a, b = (values.loc[(arm, row["biomarker"]), "icc"] for arm in ("ct_only", "ct_sma"))
+        a, b = (values.loc[(arm, row["biomarker"]), row["statistic"]] for arm in comparisons[0])
         assert row["difference"] == pytest.approx(a - b)
+    assert paired_differences(both, [], rng).empty
 
 
 def test_a_cohort_matches_itself_after_rounding_only(predictions):

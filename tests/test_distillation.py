@@ -28,7 +28,8 @@ from ctsma.distillation import (
     read_arms,
     training,
 )
-from ctsma.distillation.data import augment_ct, make_input
+from ctsma.distillation.data import augment_ct, knee_batches, make_input
+from ctsma.distillation.losses import knee_level_mse
 from ctsma.distillation.training import TeacherCache, gaussian_nll, predict_with_sd, train
 from ctsma.models import apply_ridge, build, to_ct_grid
 from ctsma.patches import Patches
@@ -168,31 +169,55 @@ def test_cam_mse_is_the_mean_squared_difference_in_the_region():
     assert distillation_loss(offset, {"cam_mse": 1.0}).item() == pytest.approx(0.25, rel=1e-5)
 
 
-def test_terms_of_the_benchmark_ignore_gain_and_offset(monkeypatch):
+def test_terms_of_the_benchmark_compare_the_last_stage_alone(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     teacher = random_maps(0)
-    scaled = batch_of(outputs([3 * m + 2 for m in teacher]), outputs(teacher))
-    other = batch_of(outputs(random_maps(1)), outputs(teacher))
-    for term in ("feature_correlation", "relation"):
-        loss = distillation_loss(scaled, {f"benchmarks.loss_terms:{term}": 1.0})
-        assert loss.item() == pytest.approx(0, abs=1e-5)
-    # independent maps: correlation 0; 600 to 7000 values per channel leave a few hundredths
-    loss = distillation_loss(other, {"benchmarks.loss_terms:feature_correlation": 1.0})
-    assert loss.item() == pytest.approx(1, abs=0.1)
-    attention = {"benchmarks.loss_terms:attention": 1.0}
-    negative = batch_of(outputs([-2 * m for m in teacher]), outputs(teacher))
-    assert distillation_loss(negative, attention).item() == pytest.approx(0, abs=1e-6)
-    # energy in one half against energy in the other: unit vectors at right angles
-    left, right = torch.zeros(2, 1, 2, 2, 2), torch.zeros(2, 1, 2, 2, 2)
-    left[..., 0], right[..., 1] = 1.0, 1.0
-    apart = batch_of(outputs([left]), outputs([right]))
-    assert distillation_loss(apart, attention).item() == pytest.approx(2)
+    shifted = [m + d for m, d in zip(teacher, (9.0, -0.5), strict=True)]
+    batch = batch_of(outputs(shifted), outputs(teacher))
+    for term, value in (("last_stage_l1", 0.5), ("last_stage_mse", 0.25)):
+        loss = distillation_loss(batch, {f"benchmarks.loss_terms:{term}": 1.0})
+        assert loss.item() == pytest.approx(value, rel=1e-5)
 
 
-def test_weight_zero_is_ct_only(patches, tmp_path):
-    arm = replace(ARMS["ct_sma"], loss_weights=[{"feature_l1": 0.0}])
-    found = cross_validate(patches, splits_of(patches), ["ct_only", arm], TINY, [0], tmp_path)
+def test_the_knee_level_loss_is_the_quadratic_form_of_a_random_intercept():
+    knees = torch.tensor([0, 0, 0, 1, 2, 2])
+    error = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rho = torch.tensor([0.0, 0.3, 0.6, 0.9], dtype=torch.float64)
+    expected = 0.0
+    for column, r in enumerate(rho):
+        same = (knees[:, None] == knees).double()
+        covariance = r * same + (1 - r) * torch.eye(6, dtype=torch.float64)
+        e = error[:, column]
+        # theta makes the errors uncorrelated with variance 1 - rho
+        expected += (1 - r) * (e @ torch.linalg.solve(covariance, e))
+    loss = knee_level_mse(error, knees, rho)
+    assert loss.item() == pytest.approx(expected.item() / error.numel())
+    plain = knee_level_mse(error, knees, torch.zeros(4, dtype=torch.float64))
+    assert plain.item() == pytest.approx(error.square().mean().item())
+    assert knee_level_mse(error[:0], knees[:0], rho) == 0
+
+
+@pytest.mark.parametrize(("per_knee", "batch_size"), [(1, 8), (2, 8), (8, 8), (8, 2)])
+def test_batches_hold_every_row_once_and_keep_parts_of_a_knee_together(per_knee, batch_size):
+    data, rows = prepare(toy(6, 5)), np.arange(2, 30)  # a knee of three patches, five of five
+    settings = Settings(**TINY | {"patches_per_knee": per_knee, "batch_size": batch_size})
+    batches = knee_batches(data, rows, settings, np.random.default_rng(0))
+    np.testing.assert_array_equal(np.sort(np.concatenate(batches)), rows)
+    assert all(len(batch) for batch in batches)
+    for batch in batches if per_knee == 8 else ():
+        whole = {knee: (data.knees[rows] == knee).sum() for knee in data.knees[batch]}
+        assert all((data.knees[batch] == knee).sum() == n for knee, n in whole.items())
+
+
+def test_weight_zero_among_the_candidates_is_the_network_without_teacher(patches, tmp_path):
+    candidates = [{"feature_l1": 0.0}, {"feature_l1": 1e6}]  # the second learns nothing
+    arm = replace(ARMS["ct_sma"], loss_weights=candidates)
+    settings = TINY | {"epochs": 3}
+    found = cross_validate(patches, splits_of(patches), ["ct_only", arm], settings, [0], tmp_path)
     np.testing.assert_array_equal(predictions_of(found, "ct_only"), predictions_of(found, "ct_sma"))
+    records = [read_records(tmp_path, name)[0] for name in ("ct_only", "ct_sma")]
+    assert records[0]["validation_mse"][0] == records[1]["validation_mse"][0]
+    assert ARMS["ct_sma"].loss_weights[0] == {}  # so that validation may choose no teacher
 
 
 # Cross-validation
@@ -243,7 +268,7 @@ def test_a_second_run_trains_nothing_and_a_fresh_one_gives_the_same_bits(
 def test_the_weights_of_least_validation_error_are_kept_and_a_finished_candidate_is_not_repeated(
     patches, tmp_path, monkeypatch
 ):
-    gammas = (0.0, 50.0)
+    gammas = (0.1, 50.0)
     arm = replace(ARMS["ct_sma"], loss_weights=[{"feature_l1": gamma} for gamma in gammas])
     options = splits_of(patches), [arm], TINY | {"epochs": 2}, [0], tmp_path
 
@@ -279,7 +304,12 @@ def test_bad_input_is_refused_with_a_sentence(patches, tmp_path):
     holed = patches.ct.copy()
     holed[4, 3, 2, 1] = np.nan
     flat, unknown = patches.table.assign(bv_tv=0.3), patches.table.assign(cortical_hu_tibia=np.inf)
-    splits = splits_of(patches)
+    splits, names = splits_of(patches), list(BIOMARKERS)
+    second = patches.table["subject_id"].isin(splits.loc[splits["fold"] == 1, "subject_id"])
+    partly, none = patches.table.copy(), patches.table.copy()
+    partly.loc[0, "bv_tv"] = np.nan
+    none.loc[second, names] = np.nan
+    without_reference = replace(patches, table=none)
 
     def run(data=patches, splits=splits, settings=TINY, arms=("ct_only",)):
         return cross_validate(data, splits, arms, settings, [0], tmp_path)
@@ -295,6 +325,9 @@ def test_bad_input_is_refused_with_a_sentence(patches, tmp_path):
         "hold 'ct_oracle'": {"arms": ("ct_oracle",)},
         "settings.epoch": {"settings": {"epoch": 3}},
         "unknown term magic": {"arms": (magic,)},
+        "batch_size: is 99, more than the": {"settings": TINY | {"batch_size": 99}},
+        "has too few subjects with a reference": {"data": without_reference},
+        "not finite in reference": {"data": replace(patches, table=partly)},
     }.items():
         with pytest.raises(InputError, match=message):
             run(**arguments)
@@ -320,6 +353,44 @@ def test_knees_without_mr_are_predicted_by_the_networks_of_their_folds(trained, 
     nothing = replace(no_mr, table=table[:0])
     empty = distillation.predict_ct_only(nothing, splits_of(patches), arms, [3], folder)
     assert distillation.with_reference(distillation.mean_over_seeds(empty), table[:0]).empty
+
+
+def test_pairs_without_reference_train_the_distilled_arms_by_the_teacher(patches, tmp_path):
+    names, splits = list(BIOMARKERS), splits_of(patches)
+    hidden = patches.table["subject_id"].isin(["s0", "s1"]).to_numpy()
+    table = patches.table.copy()
+    table.loc[hidden, names] = np.nan
+    rows = np.flatnonzero(~hidden)
+    kept = patches.table.iloc[rows].reset_index(drop=True)
+    without = Patches(kept, patches.mr[rows], patches.ct[rows], patches.voi[rows])
+    arms = ["hu_regression", "ct_residual", "ct_sma_plus"]
+    found, few = (
+        cross_validate(p, splits, arms, TINY | {"batch_size": 4}, [0], tmp_path / folder)
+        for p, folder in ((replace(patches, table=table), "all"), (without, "labelled"))
+    )
+    assert len(found) == len(arms) * len(table) and np.isfinite(found[names]).all(axis=None)
+    joined = found.merge(few, on=["arm", "knee_id", "patch_id"], suffixes=("", "_few"))
+    same = {}
+    for arm, group in joined.groupby("arm"):
+        same[arm] = np.allclose(group[names], group[[f"{name}_few" for name in names]])
+    assert same == {"hu_regression": True, "ct_residual": True, "ct_sma_plus": False}
+
+
+def test_a_pair_without_target_serves_the_distillation_terms_alone(patches):
+    settings, data = Settings(**TINY), prepare(patches)
+    fold = make_fold(data, splits_of(patches), 0, 0, settings, ARMS["ct_only"])
+    hidden = data.targets.copy()
+    hidden[fold.fit[:4]] = np.nan
+    hidden = replace(data, targets=hidden)
+    teacher = build("mr", "compact", torch.Generator().manual_seed(0), settings.widths).eval()
+    cache = TeacherCache(teacher.requires_grad_(False), data, fold, settings)
+    curves = {}
+    for weight in (0.0, 1.0):
+        network, found = train(hidden, fold, {"feature_l1": weight}, cache, 0, settings)
+        curves[weight] = found
+        assert all(torch.isfinite(parameter).all() for parameter in network.parameters())
+    assert curves[0.0]["fit_distillation"][0] == 0 < curves[1.0]["fit_distillation"][0]
+    assert np.isfinite(curves[0.0]["fit_mse"]).all()
 
 
 def test_seeds_are_averaged_and_their_variance_is_kept(patches, tmp_path):
@@ -423,12 +494,13 @@ def test_cached_teacher_outputs_are_those_of_the_teacher(patches, monkeypatch):
 def test_the_predicted_variance_learns_from_errors_and_leaves_predictions_alone():
     network = build("ct", "compact", torch.Generator().manual_seed(0), (4, 4, 8))
     _, maps = network(torch.rand(3, 2, 12, 24, 24))
-    region, error = torch.ones(3, 1, 12, 24, 24), torch.full((3, 4), 0.1)
+    region, error = torch.ones(3, 1, 12, 24, 24), torch.full((2, 4), 0.1)
+    labelled = torch.tensor([True, False, True])
     torch.nn.init.zeros_(network.log_variance.weight)
     # likelihood of an error e under log variance s: (e^2 exp(-s) + s) / 2, least at s = log e^2
     for s in (0.0, float(np.log(0.01))):
         torch.nn.init.constant_(network.log_variance.bias, s)
-        loss = gaussian_nll(network, maps[-1], region, error)
+        loss = gaussian_nll(network, maps[-1], region, error, labelled)
         assert loss.item() == pytest.approx(0.5 * (0.01 * np.exp(-s) + s), rel=1e-4)
     loss.backward()
     assert network.log_variance.bias.grad.abs().max() < 1e-5  # the minimum

@@ -7,13 +7,16 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from statsmodels.api import GLS
 
+from ctsma import models
 from ctsma.common import InputError
 from ctsma.models import (
     ALPHAS,
     N_CALIBRATED,
     apply_ridge,
     build,
+    correlation_within,
     ct_features,
     fit_ridge,
     masked_mean,
@@ -123,8 +126,52 @@ def test_the_ridge_is_the_one_of_scikit_learn():
             for target in targets.T
         ]
     )
-    weights = fit_ridge(features[train], targets[train], subjects[train])
+    weights, *correlations = fit_ridge(features[train], targets[train], subjects[train])
+    assert np.all(correlations == np.zeros((2, 2)))
     np.testing.assert_allclose(apply_ridge(weights, features, -np.inf, np.inf), expected, rtol=1e-8)
     low, high = targets[train].min(0), targets[train].max(0)
     limited = ridge_estimates(features[train], targets[train], subjects[train], features)
     np.testing.assert_allclose(limited, expected.clip(low, high), rtol=1e-8)
+
+
+def test_the_knee_level_ridge_is_generalised_least_squares():
+    rng, knees = np.random.default_rng(0), np.repeat(np.arange(12), [1, 2, 3, 6] * 3)
+    x = rng.normal(size=(len(knees), 3))
+    y = x @ [1.0, -2.0, 0.5] + rng.normal(size=12)[knees] + rng.normal(size=len(knees))
+    rho = 0.4
+    covariance = rho * (knees[:, None] == knees) + (1 - rho) * np.eye(len(knees))
+    expected = GLS(y, np.column_stack([np.ones(len(x)), x]), sigma=covariance).fit().params
+    found = models._gls_ridge(x, y[:, None], knees, rho, np.array([1e-9]))
+    np.testing.assert_allclose(found[:, 0], expected, rtol=1e-6)
+
+
+def test_rho_is_chosen_where_patches_of_a_knee_share_an_error():
+    rng, knees = np.random.default_rng(1), np.repeat(np.arange(60), 10)
+    x = rng.normal(size=(600, 5)) + rng.normal(size=(60, 5))[knees]
+    signal = x @ rng.normal(size=(5, 2))
+    shared = signal + 3 * rng.normal(size=(60, 2))[knees] + rng.normal(size=(600, 2))
+    found = fit_ridge(x, shared, knees, knees)
+    assert (found.rho > 0).all()
+    # 9 of 10 parts of the variance; 60 knees leave an SE of 0.02
+    np.testing.assert_allclose(found.error_correlation, 0.9, atol=0.06)
+    truth = np.linalg.lstsq(x, signal, rcond=None)[0]
+    independent = fit_ridge(x, shared, knees).weights[1:] - truth
+    assert np.linalg.norm(found.weights[1:] - truth) < 0.7 * np.linalg.norm(independent)
+    alone = [fit_ridge(x[::10], shared[::10], knees[::10], own) for own in (None, knees[::10])]
+    assert all(np.array_equal(a, b) for a, b in zip(*alone, strict=True))
+    assert not alone[1].rho.any()
+
+
+def test_the_correlation_within_knees_is_that_of_the_analysis_of_variance():
+    errors = np.array([[1.0], [3.0], [5.0], [9.0], [4.0], [4.0]])
+    # knees of two: within (2 + 8 + 0) / 3, between 2 ((2 - 13/3)^2 + (7 - 13/3)^2 + 1/9) / 2
+    within, between = 10 / 3, 49 / 9 + 64 / 9 + 1 / 9
+    expected = (between - within) / (between + within)
+    found = correlation_within(errors, np.array([0, 0, 1, 1, 2, 2]))
+    assert found == pytest.approx(expected)
+    rng, knees = np.random.default_rng(0), np.repeat(np.arange(4000), [1, 2, 5, 9] * 1000)
+    shared = np.sqrt([0.0, 0.3, 0.7]) * rng.normal(size=(4000, 3))[knees]
+    errors = shared + np.sqrt([1.0, 0.7, 0.3]) * rng.normal(size=(len(knees), 3))
+    # 4000 knees: SE about 0.01
+    np.testing.assert_allclose(correlation_within(errors, knees), [0, 0.3, 0.7], atol=0.04)
+    assert correlation_within(errors, np.arange(len(errors))).max() == 0

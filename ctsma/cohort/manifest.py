@@ -68,6 +68,7 @@ SCHEMA = pa.DataFrameSchema(
         "mr_echo": _number(_between(1, 99), required=False),
         "mr_rescan": _text(required=False),
         "ct_labels": _text(required=False),
+        "has_reference": _number(pa.Check.isin([0, 1], error="is not 0 or 1"), required=False),
     },
     strict=True,
     checks=[

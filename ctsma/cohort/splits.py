@@ -14,7 +14,7 @@ MIN_TRAINING = 3  # subjects: one to validate, two to choose the strength of the
 
 
 def make_splits(manifest: pd.DataFrame, n_folds: int, seed: int) -> pd.DataFrame:
-    """Deal subjects into folds, stratified by OA label (0, 1, unknown).
+    """Deal subjects into folds, stratified by OA label (0, 1, unknown) and by `has_reference`.
 
     Parameters
     ----------
@@ -26,12 +26,13 @@ def make_splits(manifest: pd.DataFrame, n_folds: int, seed: int) -> pd.DataFrame
     -------
     DataFrame(subject_id, fold), sorted by subject_id; folds are 0 .. n_folds - 1.
     """
-    labels = manifest.groupby("subject_id")["oa"].max().fillna(-1)
+    strata = manifest.reindex(columns=["subject_id", "has_reference", "oa"])
+    labels = strata.groupby("subject_id").max().fillna(-1)
     if not 2 <= n_folds <= len(labels):
         problem = f"is {n_folds} with {len(labels)} subjects"
         raise InputError("n_folds", problem, "choose 2 to the number of subjects")
     order = np.random.default_rng(seed).permutation(len(labels))
-    shuffled = labels.iloc[order].sort_values(kind="stable")
+    shuffled = labels.iloc[order].sort_values(list(labels), kind="stable")
     folds = pd.Series(np.arange(len(shuffled)) % n_folds, index=shuffled.index, name="fold")
     return folds.sort_index().reset_index()
 

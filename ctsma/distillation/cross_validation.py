@@ -24,7 +24,7 @@ from .checkpoints import load_model, save_model
 from .data import Fold, TrainingData, make_fold, prepare
 from .losses import loss_term
 from .settings import Settings
-from .training import TeacherCache, predict_with_sd, train
+from .training import TeacherCache, predict_with_sd, train, with_teacher_labels
 
 TEACHER = ARMS["mr_teacher"]
 KEYS = ["arm", "fold", "knee_id", "subject_id", "patch_id"]
@@ -47,7 +47,8 @@ def cross_validate(
 
     Parameters
     ----------
-    patches : usable patches with their MR reference biomarkers.
+    patches : usable patches with their MR reference biomarkers. Pairs without reference (all four
+        NaN) train the distilled arms alone, with the teacher's estimates as targets.
     splits : subject_id, fold.
     arms : ids of arms.yaml, or arms of your own (of `read_arms`).
     settings : `Settings`, or a mapping of its fields.
@@ -119,16 +120,20 @@ class _Study:
             rows = np.concatenate([fold.fit, fold.validation])
             features = data.ridge_input(arm.input)
             values = ridge_estimates(
-                features[rows], data.targets[rows], data.subjects[rows], features[fold.test]
+                features[rows],
+                data.targets[rows],
+                data.subjects[rows],
+                features[fold.test],
+                data.knees[rows],
             )
             sd = np.full_like(values, np.nan)
         else:
-            network, scale = self.network(arm, fold, seed)
-            values, sd = predict_with_sd(network, data, fold.test, scale, self.settings)
+            network, record = self.network(arm, fold, seed)
+            values, sd = predict_with_sd(network, data, fold.test, record["scale"], self.settings)
         return _prediction_rows(data.table.iloc[fold.test], arm.id, number, seed, values, sd)
 
     def network(self, arm: Arm, fold: Fold, seed: int) -> tuple[Network, dict]:
-        """The arm's network and scale: read where it was trained before, else trained and written.
+        """The arm's network and its record: read where it was trained before, else trained.
 
         Of several candidate loss weights those of the least validation error are kept.
         """
@@ -140,19 +145,25 @@ class _Study:
         key = content_hash(self.data_key, description, fold.number, seed, choices)
         if read_record(f"{stem}.json", key) is None:
             self._train(arm, fold, seed, stem, key)
-        network, record = load_model(stem)
-        return network, record["scale"]
+        return load_model(stem)
 
     def _train(self, arm: Arm, fold: Fold, seed: int, stem: Path, key: str) -> None:
-        data, settings, teacher = self.data, self.settings, None
+        data, settings, cache = self.data, self.settings, None
         if arm.distilled:
-            frozen, _ = load_model(self.folder / f"{TEACHER.id}_fold{fold.number}_seed{seed}")
-            teacher = TeacherCache(frozen.requires_grad_(False), data, fold, settings)
+            teacher, record = load_model(self.folder / f"{TEACHER.id}_fold{fold.number}_seed{seed}")
+            teacher.requires_grad_(False)
+            data, fold = with_teacher_labels(data, fold, arm, teacher, record["scale"], settings)
+            cache = TeacherCache(teacher, data, fold, settings)
         trials, checkpoints = [], []
         for candidate, loss_weights in enumerate(arm.loss_weights):
-            checkpoint = Path(f"{stem}_{key[:16]}_{candidate}.checkpoint")
-            trials.append(train(data, fold, loss_weights, teacher, seed, settings, checkpoint))
-            checkpoints.append(checkpoint)
+            twin = None if any(loss_weights.values()) else self._without_teacher(arm, fold)
+            if twin:  # weight 0 is the network of that arm
+                network, record = self.network(twin, fold, seed)
+                trials.append((network, pd.DataFrame(record["curves"])))
+            else:
+                checkpoint = Path(f"{stem}_{key[:16]}_{candidate}.checkpoint")
+                trials.append(train(data, fold, loss_weights, cache, seed, settings, checkpoint))
+                checkpoints.append(checkpoint)
         errors = [float(curves["validation_mse"].iloc[-1]) for _, curves in trials]
         best = int(np.argmin(errors))
         parts = {"fit": fold.fit, "validation": fold.validation, "test": fold.test}
@@ -173,6 +184,16 @@ class _Study:
         for checkpoint in checkpoints:
             checkpoint.unlink()
 
+    def _without_teacher(self, arm: Arm, fold: Fold) -> Arm | None:
+        """The arm that is a distilled arm without its teacher, where both learn from the same."""
+        if not arm.distilled or len(fold.unlabelled):
+            return None
+        for other in map(ARMS.get, TRAINED):
+            alike = (other.input, other.baseline) == (arm.input, arm.baseline)
+            if other.kind == "student" and not other.distilled and alike:
+                return other
+        return None
+
 
 def _check(patches: Patches, splits: pd.DataFrame, arms: Sequence[Arm]) -> None:
     """InputError for what would fail later, or give numbers that mean nothing."""
@@ -182,8 +203,8 @@ def _check(patches: Patches, splits: pd.DataFrame, arms: Sequence[Arm]) -> None:
     if missing:
         problem = f"have no fold for subject {', '.join(missing[:3])}"
         raise InputError("splits", problem, "make the splits again")
-    cortical_hu, reference = mean_cortical_hu(patches.table), patches.table[list(BIOMARKERS)]
-    arrays = {"mr": patches.mr, "ct": patches.ct, "cortical HU": cortical_hu}
+    arrays = {"mr": patches.mr, "ct": patches.ct, "cortical HU": mean_cortical_hu(patches.table)}
+    reference = patches.table[list(BIOMARKERS)].dropna(how="all").to_numpy()
     for name, values in (arrays | {"reference": reference}).items():
         if not np.isfinite(values).all(axis=None):
             problem = f"hold a value that is not finite in {name}"

@@ -32,7 +32,8 @@ class TrainingData:
 
     table: pd.DataFrame
     subjects: ndarray  # (n,) text
-    targets: ndarray  # (n, 4) MR reference biomarkers
+    knees: ndarray  # (n,) text
+    targets: ndarray  # (n, 4) MR reference biomarkers; NaN for pairs without reference
     ct: ndarray  # (n, 12, 24, 24) HU
     mr: ndarray  # (n, 12, 48, 48) relative to bright marrow
     voi: ndarray  # (n, 12, 48, 48) bool
@@ -54,16 +55,22 @@ class Scale(TypedDict):
     low: list[float]  # least and largest of each target
     high: list[float]
     ridge: list | None  # weights (k + 1, 4) of the ridge that the network corrects
+    rho: list[float]  # of each target: correlation of the errors of a knee's patches
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Rows of one fold, divided by subject, and the scale of its fitting rows."""
+    """Rows of one fold, divided by subject, and the scale of its fitting rows.
+
+    fit and validation hold patches with a reference, unlabelled the patches without one of the
+    subjects who fit, test every patch of the test subjects.
+    """
 
     number: int
     fit: ndarray
     validation: ndarray
     test: ndarray
+    unlabelled: ndarray
     scale: Scale
 
 
@@ -74,6 +81,7 @@ def prepare(patches: Patches) -> TrainingData:
     return TrainingData(
         table=patches.table,
         subjects=patches.table["subject_id"].to_numpy(str),
+        knees=patches.table["knee_id"].to_numpy(str),
         targets=patches.table[list(BIOMARKERS)].to_numpy(float),
         ct=ct,
         mr=relative_mr(patches.mr.astype(np.float32), voi),
@@ -100,17 +108,26 @@ def make_fold(
 
     Raises InputError: too few subjects, or a biomarker all equal.
     """
-    folds = splits.set_index("subject_id")["fold"].loc[np.unique(data.subjects)]
+    labelled, every = np.isfinite(data.targets).all(axis=1), splits.set_index("subject_id")["fold"]
+    folds = every.loc[np.unique(data.subjects[labelled])]
     others = folds.index[folds != number].to_numpy(str)
     training = np.random.default_rng([seed, number]).permutation(others)
     n_validation = max(1, round(settings.validation_share * len(training)))
     if not n_validation < len(training) < len(folds):
-        problem = "has too few subjects to train, validate and test"
-        raise InputError(f"fold {number}", problem, "use fewer folds")
-    fit = np.flatnonzero(np.isin(data.subjects, training[n_validation:]))
-    validation = np.flatnonzero(np.isin(data.subjects, training[:n_validation]))
-    test = np.flatnonzero(np.isin(data.subjects, folds.index[folds == number].to_numpy(str)))
-    return Fold(number, fit, validation, test, fit_normalisation(data, fit, arm))
+        problem = "has too few subjects with a reference to train, validate and test"
+        raise InputError(f"fold {number}", problem, "use fewer folds, or measure more references")
+    validates = np.isin(data.subjects, training[:n_validation])
+    tests = every.loc[data.subjects].to_numpy() == number
+    rest = ~tests & ~validates
+    fit = np.flatnonzero(labelled & rest)
+    return Fold(
+        number=number,
+        fit=fit,
+        validation=np.flatnonzero(labelled & validates),
+        test=np.flatnonzero(tests),
+        unlabelled=np.flatnonzero(~labelled & rest),
+        scale=fit_normalisation(data, fit, arm),
+    )
 
 
 def fit_normalisation(data: TrainingData, fit: ndarray, arm: Arm) -> Scale:
@@ -124,10 +141,14 @@ def fit_normalisation(data: TrainingData, fit: ndarray, arm: Arm) -> Scale:
         problem = f"has no variance of {', '.join(flat)}"
         raise InputError("training fold", problem, "use more knees or fewer folds")
     ct, mr = data.ct[fit], data.mr[fit].astype(np.float32)
-    ridge = None
-    if arm.baseline:
-        features = data.ridge_input(ARMS[arm.baseline].input)[fit]
-        ridge = fit_ridge(features, data.targets[fit], data.subjects[fit]).tolist()
+    ridge, rho = None, np.zeros(len(BIOMARKERS))  # a teacher's errors are small in every knee
+    if arm.kind == "student":
+        features = data.ridge_input(ARMS[arm.baseline].input if arm.baseline else arm.input)[fit]
+        found = fit_ridge(features, data.targets[fit], data.subjects[fit], data.knees[fit])
+        # The errors of a network that corrects the ridge are known from it. One that does not must
+        # learn the level of a knee too, and takes the rho with which the ridge predicts best.
+        rho = found.error_correlation if arm.baseline else found.rho
+        ridge = found.weights.tolist() if arm.baseline else None
     return Scale(
         input=arm.input,
         ct=[float(ct.mean(dtype=float)), float(ct.std(dtype=float))],
@@ -135,7 +156,23 @@ def fit_normalisation(data: TrainingData, fit: ndarray, arm: Arm) -> Scale:
         low=low.tolist(),
         high=high.tolist(),
         ridge=ridge,
+        rho=rho.tolist(),
     )
+
+
+def knee_batches(data: TrainingData, rows: ndarray, settings: Settings, rng: Generator) -> list:
+    """Rows of one epoch, each once, in batches of several knees.
+
+    Patches of a knee stay together in parts of at most `settings.patches_per_knee`, so that a batch
+    shows what the errors of a knee have in common.
+    """
+    parts = []
+    for knee in np.unique(data.knees[rows]):
+        own = rng.permutation(rows[data.knees[rows] == knee])
+        parts += np.array_split(own, np.ceil(len(own) / settings.patches_per_knee))
+    n_batches = min(len(parts), max(1, round(len(rows) / settings.batch_size)))
+    groups = np.array_split(rng.permutation(len(parts)), n_batches)
+    return [np.concatenate([parts[i] for i in group]) for group in groups]
 
 
 class Batch(NamedTuple):

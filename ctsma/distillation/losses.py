@@ -33,6 +33,19 @@ class DistillationBatch:
     region: Tensor  # (B, 1, 12, 24, 24) share of trabecular region
 
 
+def knee_level_mse(error: Tensor, knees: Tensor, rho: Tensor) -> Tensor:
+    """MSE of errors (B, 4) less what the patches of a knee have in common: a scalar.
+
+    knees (B,) numbers the knee of each patch, from 0; rho (4,) is the share of the error's variance
+    common to a knee. Mean of (e_ij - theta mean_j e_ij)^2, the likelihood of a random intercept
+    per knee (Simchoni & Rosset 2023, JMLR 24:156); rho = 0 gives the MSE.
+    """
+    counts = torch.bincount(knees).to(error.dtype)[:, None]
+    theta = 1 - torch.sqrt((1 - rho) / (1 - rho + counts * rho))
+    means = error.new_zeros(len(counts), error.shape[1]).index_add(0, knees, error) / counts
+    return (error - (theta * means)[knees]).square().sum() / max(1, error.numel())
+
+
 def feature_l1(batch: DistillationBatch) -> Tensor:
     """Published: sum over stages of mean |teacher - student|; one weight for all stages.
 

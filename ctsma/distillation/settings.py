@@ -14,6 +14,7 @@ class Settings(BaseModel):
     widths: tuple[int, int, int] = WIDTHS
     epochs: int = Field(24, ge=1)
     batch_size: int = Field(32, ge=2)
+    patches_per_knee: int = Field(8, ge=1)  # that stay together in a batch
     learning_rate: float = Field(6e-3, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
     validation_share: float = Field(0.15, gt=0, lt=0.5)  # of the training fold's subjects

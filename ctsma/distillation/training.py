@@ -1,6 +1,7 @@
 """Training: the loop, the teacher's outputs, and prediction. All randomness comes from the seed."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,23 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ctsma.arms import Arm
+from ctsma.common import InputError
 from ctsma.models import Network, build
 
 from .checkpoints import load_checkpoint, save_checkpoint
-from .data import FLIPS, Fold, Scale, TrainingData, make_batch, make_input, ridge_prediction
-from .losses import DistillationBatch, Outputs, distillation_loss
+from .data import (
+    FLIPS,
+    Fold,
+    Scale,
+    TrainingData,
+    fit_normalisation,
+    knee_batches,
+    make_batch,
+    make_input,
+    ridge_prediction,
+)
+from .losses import DistillationBatch, Outputs, distillation_loss, knee_level_mse
 from .settings import Settings
 
 EMA_EPOCHS = 2.0  # time constant of the running average of weights; design choice
@@ -63,6 +76,23 @@ class TeacherCache:
         return [torch.cat(values) for values in zip(*parts, strict=True)]
 
 
+def with_teacher_labels(
+    data: TrainingData, fold: Fold, arm: Arm, teacher: Network, scale: Scale, settings: Settings
+) -> tuple[TrainingData, Fold]:
+    """Data and fold in which pairs without reference have the teacher's estimates as targets.
+
+    `scale` is the teacher's. They join the fitting rows, so that the arm's ridge learns from them
+    too. Without such pairs both come back as they are.
+    """
+    if not len(fold.unlabelled):
+        return data, fold
+    targets = data.targets.copy()
+    targets[fold.unlabelled], _ = predict_with_sd(teacher, data, fold.unlabelled, scale, settings)
+    data = replace(data, targets=targets)
+    fit = np.concatenate([fold.fit, fold.unlabelled])
+    return data, replace(fold, fit=fit, scale=fit_normalisation(data, fit, arm))
+
+
 def train(
     data: TrainingData,
     fold: Fold,
@@ -71,6 +101,7 @@ def train(
     seed: int,
     settings: Settings,
     checkpoint: Path | None = None,
+    network: Network | None = None,
 ) -> tuple[Network, pd.DataFrame]:
     """Train one network with AdamW and one cycle of the learning rate.
 
@@ -80,10 +111,12 @@ def train(
     Parameters
     ----------
     data, fold : `fold.scale` names the input, and has the ridge that the network corrects, if any.
+        A fitting row without target (NaN) serves the distillation terms alone.
     loss_weights : distillation term -> weight, see `losses`.
     teacher : needed where a weight is not zero.
     checkpoint : file that is written after every epoch; an existing one is continued to the same
         bits.
+    network : to train in place of a new one.
 
     Returns
     -------
@@ -94,11 +127,15 @@ def train(
     """
     generator = torch.Generator().manual_seed(seed * 1000 + fold.number)
     rng = np.random.default_rng([seed, fold.number])
-    network = build(fold.scale["input"], settings.size, generator, settings.widths)
+    network = network or build(fold.scale["input"], settings.size, generator, settings.widths)
     network.to(device=settings.device, memory_format=torch.channels_last_3d)
     rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     optimizer = torch.optim.AdamW(network.parameters(), **rates, fused=True)
-    n_batches = max(1, round(len(fold.fit) / settings.batch_size))
+    if settings.batch_size > len(fold.fit):
+        problem = f"is {settings.batch_size}, more than the {len(fold.fit)} patches to fit"
+        raise InputError("batch_size", problem, "choose a smaller one")
+    n_batches = len(knee_batches(data, fold.fit, settings, np.random.default_rng()))
+    rho = torch.tensor(fold.scale["rho"], dtype=torch.float32, device=settings.device)
     n_steps = settings.epochs * n_batches
     schedule = OneCycleLR(optimizer, settings.learning_rate, total_steps=n_steps)
     decay = 1 - 1 / (1 + EMA_EPOCHS * n_batches)
@@ -111,15 +148,18 @@ def train(
     for epoch in range(len(curves), settings.epochs):
         network.train()
         fit_mse = fit_distillation = 0.0
-        for rows in np.array_split(rng.permutation(fold.fit), n_batches):
+        for rows in knee_batches(data, fold.fit, settings, rng):
             batch = make_batch(data, rows, fold.scale, settings, rng)
             target_outputs = teacher.outputs(rows, batch.flips) if teacher else None
             with autocast(settings):
                 prediction, maps = network(batch.x)
                 prediction = prediction + batch.ridge
                 region = batch.x[:, 1:2]
-                error = prediction - batch.target
-                supervised = error.square().mean()
+                labelled = torch.isfinite(batch.target).all(dim=1)
+                error = (prediction - batch.target)[labelled]
+                _, codes = np.unique(data.knees[rows], return_inverse=True)
+                knees = torch.from_numpy(codes).to(labelled.device)[labelled]
+                supervised = knee_level_mse(error, knees, rho)
                 distillation = error.new_zeros(())
                 if teacher:
                     cam = network.class_activation_maps(maps[-1])
@@ -127,14 +167,14 @@ def train(
                     outputs = Outputs(prediction, cam, maps)
                     compared = DistillationBatch(outputs, target_outputs, region)
                     distillation = distillation_loss(compared, loss_weights)
-                nll = gaussian_nll(network, maps[-1], region, error)
+                nll = gaussian_nll(network, maps[-1], region, error, labelled)
             loss = supervised + distillation + nll
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             average.update_parameters(network)
-            fit_mse += supervised.item() / n_batches
+            fit_mse += error.detach().square().sum().item() / max(1, error.numel()) / n_batches
             fit_distillation += distillation.item() / n_batches
         validation_mse = np.nan
         if (settings.epochs - epoch - 1) % VALIDATION_EPOCHS == 0:
@@ -146,15 +186,19 @@ def train(
     return network.eval(), pd.DataFrame(curves, columns=CURVES)
 
 
-def gaussian_nll(network: Network, last_map: Tensor, region: Tensor, error: Tensor) -> Tensor:
-    """Negative log-likelihood of the errors (B, 4) under the predicted variance.
+def gaussian_nll(
+    network: Network, last_map: Tensor, region: Tensor, error: Tensor, labelled: Tensor
+) -> Tensor:
+    """Negative log-likelihood of the errors of the labelled patches under the predicted variance.
 
-    Its gradient reaches the log-variance head alone; zero where the network has none.
+    error (n, 4) of the n patches that `labelled` (B,) marks. Its gradient reaches the log-variance
+    head alone; zero where the network has none.
     """
     if network.log_variance is None:
         return error.new_zeros(())
-    log_variance = network.predicted_log_variance(last_map.detach(), region)
-    return (0.5 * (error.detach().square() * torch.exp(-log_variance) + log_variance)).mean()
+    log_variance = network.predicted_log_variance(last_map.detach(), region)[labelled]
+    terms = 0.5 * (error.detach().square() * torch.exp(-log_variance) + log_variance)
+    return terms.sum() / max(1, terms.numel())
 
 
 def predict(network: Network, record: Mapping, data: TrainingData, rows: ndarray) -> ndarray:
