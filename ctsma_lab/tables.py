@@ -63,40 +63,57 @@ def origin(results: str | Path) -> str:
 def summary(results: str | Path) -> str:
     """The result in three sentences, a Markdown list. A sentence is left out where its arms are."""
     agreement, diagnosis = read_results(results, "agreement"), read_results(results, "diagnosis")
-    icc, auc = agreement["icc"], diagnosis["auc"]
+    icc, auc, r = agreement["icc"], diagnosis["auc"], agreement["r"]
     kind = "simulated knees" if read_results(results, "cohort")["simulated"] else "knees"
+    changes = {
+        (row["arm"], row["against"]): row
+        for row in agreement["differences"]
+        if row["statistic"] == "r" and row["biomarker"] == "mean"
+    }
     sentences = []
 
-    published = agreement["difference"].get("ct_sma_vs_ct_only")
-    if published:
-        effect = effect_in_words("the mean ICC of the CT network", published)
-        level = interval(icc["ct_sma"]["mean"], "icc")
-        knees = f"{diagnosis['n_knees']} {kind}"
+    network = changes.get(("ct_residual", "hu_regression_calibrated"))
+    if network:
+        ridge, student = "hu_regression_calibrated", "ct_residual"
         sentences.append(
-            f"On {knees} the published distillation loss {effect}; with it the ICC is {level}."
+            f"On {diagnosis['n_knees']} {kind}, ridge regression on calibrated HU with a "
+            f"knee-level noise model reaches r {r[ridge]['mean']:.3f} and a mean ICC of "
+            f"{interval(icc[ridge]['mean'], 'icc')}. A CT network that corrects it "
+            f"{effect_in_words('r', network)}; its ICC is {interval(icc[student]['mean'], 'icc')}."
         )
 
-    published = diagnosis["delong"].get("ct_sma_vs_ct_only")
-    if published:
-        effect = effect_in_words("the AUC for osteoarthritis", published)
+    published, delong = changes.get(("ct_sma", "ct_only")), diagnosis["delong"]
+    if published and "ct_sma_vs_ct_only" in delong:
         sentences.append(
-            f"The loss {effect}: {interval(auc['ct_only'], 'auc')} without and "
-            f"{interval(auc['ct_sma'], 'auc')} with distillation. "
-            f"The paper reports {ARMS['ct_only'].published['auc']} and "
+            "The published distillation loss "
+            f"{effect_in_words('r of the CT network', published)} and "
+            f"{effect_in_words('its AUC for osteoarthritis', delong['ct_sma_vs_ct_only'])}: AUC "
+            f"{interval(auc['ct_only'], 'auc')} without and {interval(auc['ct_sma'], 'auc')} with "
+            f"it. The paper reports {ARMS['ct_only'].published['auc']} and "
             f"{ARMS['ct_sma'].published['auc']} on patients."
         )
 
-    calibrated = agreement["difference"].get("hu_regression_calibrated_vs_hu_regression")
-    distilled = agreement["difference"].get("ct_sma_plus_vs_ct_residual")
-    if calibrated and distilled:
-        ridge = effect_in_words("the mean ICC of ridge regression", calibrated)
-        network = effect_in_words("that of the network that corrects this ridge", distilled)
-        level = interval(icc["ct_sma_plus"]["mean"], "icc")
+    distilled = changes.get(("ct_sma_plus", "ct_residual"))
+    if distilled:
+        effect = effect_in_words("r of the network that corrects the ridge", distilled)
         sentences.append(
-            f"Internal calibration to the knee's own cortex {ridge}; "
-            f"distillation of class activation maps (CAM) {network}. This arm's ICC is {level}."
+            f"Distillation of class activation maps (CAM) {effect}; its ICC is "
+            f"{interval(icc['ct_sma_plus']['mean'], 'icc')}." + _few_labels(results)
         )
     return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def _few_labels(results: str | Path) -> str:
+    """What a teacher adds where 20 of 80 pairs have a reference, if that was measured."""
+    file = Path(results).parent / "distillation_evidence.json"
+    evidence = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if "few_labels" not in evidence:
+        return ""
+    rows = evidence["few_labels"]["by_labelled_knees"]["20"]["differences"]
+    pair = ("student, teacher's estimates, CAM", "student")
+    found = {row["statistic"]: row for row in rows if (row["arm"], row["against"]) == pair}
+    effect = effect_in_words("the mean ICC", found["icc"])
+    return f" Where 20 of 80 pairs have a reference, a teacher trained on other knees {effect}."
 
 
 def effect_in_words(quantity: str, difference: Mapping) -> str:
@@ -113,14 +130,16 @@ def effect_in_words(quantity: str, difference: Mapping) -> str:
 
 
 def results_table(results: str | Path) -> str:
-    """Markdown table: mean ICC and AUC of every arm, 95 % intervals, the paper's values beside."""
-    icc = read_results(results, "agreement")["icc"]
+    """Markdown table: r, ICC and AUC of every arm, 95 % intervals, the values of the paper."""
+    agreement = read_results(results, "agreement")
+    icc, r = agreement["icc"], agreement["r"]
     auc = read_results(results, "diagnosis")["auc"]
     rows = []
     for name, arm in ARMS.items():
         if name in icc or name in auc:
             row = {
                 "arm": arm.label,
+                "r": f"{r[name]['mean']:.3f}" if name in r else "",
                 "mean ICC": interval(icc[name]["mean"], "icc") if name in icc else "",
                 "paper": arm.published.get("icc", {}).get("mean", ""),
                 "AUC for OA": interval(auc[name], "auc") if name in auc else "",
@@ -131,10 +150,18 @@ def results_table(results: str | Path) -> str:
 
 
 def detailed_tables(results: str | Path) -> dict[str, str]:
-    """Markdown tables by title: ICC by biomarker, differences, registration error, difficulty."""
+    """Markdown tables by title: measures, differences, registration error, difficulty."""
     agreement = read_results(results, "agreement")
     tables = {
+        "Agreement with the MR reference, mean of the biomarkers": _measure_rows(agreement),
         "ICC with the MR reference, by biomarker": _icc_rows(agreement["icc"]),
+        "Differences in r, mean of the biomarkers": _difference_rows(
+            {
+                f"{row['arm']}_vs_{row['against']}": row
+                for row in agreement["differences"]
+                if row["statistic"] == "r" and row["biomarker"] == "mean"
+            }
+        ),
         "Differences in mean ICC": _difference_rows(agreement["difference"]),
         "Differences in AUC (DeLong)": _difference_rows(
             read_results(results, "diagnosis")["delong"]
@@ -151,6 +178,38 @@ def detailed_tables(results: str | Path) -> dict[str, str]:
         "Difficulty of the simulated cohort": _difficulty_rows(read_results(results, "cohort")),
     }
     return {title: markdown_table(rows) for title, rows in tables.items() if rows}
+
+
+def _measure_rows(agreement: Mapping) -> list[dict]:
+    rows, limit = [], agreement["icc"].get("ct_oracle", {}).get("mean", {}).get("icc")
+    for name, arm in ARMS.items():
+        if name not in agreement["r"]:
+            continue
+        parts = agreement["within_between"][name]["mean"]
+        icc = agreement["icc"][name]["mean"]
+        row = {
+            "arm": arm.label,
+            "r": _with_ends(agreement["r"][name]["mean"], agreement["r_interval"], name, "r"),
+            "relative error": _with_ends(
+                agreement["relative_error"][name]["mean"],
+                agreement["relative_error_interval"],
+                name,
+                "relative_error",
+            ),
+            "r within knees": parts["r_within"],
+            "r between knees": parts["r_between"],
+            "ICC": interval(icc, "icc"),
+        }
+        if limit:
+            row["ICC over that of the reference model"] = icc["icc"] / limit
+        rows.append(row)
+    return rows
+
+
+def _with_ends(value: float, intervals: Mapping, arm: str, statistic: str) -> str:
+    ends = intervals[arm]["mean"]
+    low, high = ends[f"{statistic}_ci_low"], ends[f"{statistic}_ci_high"]
+    return interval({statistic: value, "ci_low": low, "ci_high": high}, statistic)
 
 
 def _icc_rows(icc: Mapping) -> list[dict]:

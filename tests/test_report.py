@@ -122,10 +122,12 @@ def test_the_summary_has_three_sentences_with_the_numbers_of_the_files(results):
     found = json.loads((results / "agreement.json").read_text())
     lines = tables.summary(results).splitlines()
     assert len(lines) == 3
-    assert f"{found['icc']['ct_sma']['mean']['icc']:.3f}" in lines[0]
-    assert "0.778 and 0.883" in lines[1]
-    change(results / "agreement.json", difference={})
-    assert len(tables.summary(results).splitlines()) == 1
+    assert f"{found['icc']['ct_residual']['mean']['icc']:.3f}" in lines[0]
+    assert "0.778 and 0.883" in lines[1] and "class activation maps" in lines[2]
+    shutil.copy(PUBLISHED.parent / "distillation_evidence.json", results.parent)
+    assert "Where 20 of 80 pairs have a reference" in tables.summary(results)
+    change(results / "agreement.json", differences=[])
+    assert not tables.summary(results)
 
 
 def test_tables_hold_every_arm_and_the_published_values(results):
