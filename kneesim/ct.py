@@ -43,8 +43,11 @@ def scan_ct(
     mineral = 1 + field_on(drawn["mineral_regional"], grid)
     coarse = tissue_fields(subject, poses, grid, [shading, mineral])
     rendering = Rendering(water=drawn["hu"], fat={}, is_ct=True, steps=STEPS, edge_mm=EDGE_MM)
-    mixed, labels = painted(subject, poses, grid, coarse, grid, rendering)
-    hu = mixed.real.copy()
+    hu, labels = np.empty(grid.size[::-1], np.float32), np.empty(grid.size[::-1], np.uint8)
+    for k, (plane, bone_labels) in enumerate(
+        painted(subject, poses, grid, coarse, grid, rendering)
+    ):
+        hu[k], labels[k] = plane.real, bone_labels
     spacing = np.array(grid.spacing[::-1])
     fwhm = np.array([drawn["fwhm_slice"], drawn["fwhm_in_plane"], drawn["fwhm_in_plane"]])
     psf_mm = fwhm * SIGMA_PER_FWHM
