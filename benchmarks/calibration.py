@@ -160,7 +160,7 @@ def cortical_hu(
 
 def bone_labels(subject: Subject, poses: dict, grid: Grid) -> sitk.Image:
     """Femur 1 and tibia 2 on the CT's own grid, from the distances that the scanners see."""
-    upper, lower, small = tissue_fields(subject, poses, grid)[:3]
+    upper, lower, small = np.moveaxis(tissue_fields(subject, poses, grid)[..., :3], -1, 0)
     bone = np.minimum(upper, lower)
     channels = np.stack([bone, upper - lower, small - bone - 1e-3], axis=-1)
     image = sitk.GetImageFromArray(channels, isVector=True)

@@ -4,6 +4,7 @@ Template frame: a right knee with LPS directions, +x medial; the origin is on th
 the condyles. Left knees are mirrored in x when they are put into a scanner.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -45,31 +46,32 @@ class Template:
     axis_mm: tuple[float, float]
     width_mm: float
 
-    def sample(self, points: np.ndarray) -> dict[str, np.ndarray]:
-        """All fields at template points (n, 3) xyz mm; beyond the box its faces continue."""
-        values = sample_grid(self.fields, LOW_MM, SPACING_MM, points)
-        return dict(zip(FIELDS, values.T, strict=True))
+    def sample(self, points: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Some fields at template points (n, 3) xyz mm; beyond the box its faces continue."""
+        channels = np.array([FIELDS.index(name) for name in names])
+        values = sample_grid(self.fields, channels, LOW_MM, SPACING_MM, points)
+        return dict(zip(names, values, strict=True))
 
 
 @compiled()
-def sample_grid(grid, origin, spacing, points) -> np.ndarray:
-    """Trilinear values (n, channels) of grid (z, y, x, channels) at points (n, 3) xyz mm.
+def sample_grid(grid, channels, origin, spacing, points) -> np.ndarray:
+    """Trilinear values (channels, n) of a grid (z, y, x, all channels) at points (n, 3) xyz mm.
 
     Points beyond the grid take the value at its face.
     """
-    out = np.empty((len(points), grid.shape[3]), np.float32)
+    out = np.empty((len(channels), len(points)), np.float32)
     for n in range(len(points)):
         x = min(max((points[n, 0] - origin[0]) / spacing, 0.0), grid.shape[2] - 1.001)
         y = min(max((points[n, 1] - origin[1]) / spacing, 0.0), grid.shape[1] - 1.001)
         z = min(max((points[n, 2] - origin[2]) / spacing, 0.0), grid.shape[0] - 1.001)
         i, j, k = int(x), int(y), int(z)
         x, y, z = x - i, y - j, z - k
-        for c in range(grid.shape[3]):
+        for place, c in enumerate(channels):
             low = (1 - y) * ((1 - x) * grid[k, j, i, c] + x * grid[k, j, i + 1, c])
             low += y * ((1 - x) * grid[k, j + 1, i, c] + x * grid[k, j + 1, i + 1, c])
             high = (1 - y) * ((1 - x) * grid[k + 1, j, i, c] + x * grid[k + 1, j, i + 1, c])
             high += y * ((1 - x) * grid[k + 1, j + 1, i, c] + x * grid[k + 1, j + 1, i + 1, c])
-            out[n, c] = (1 - z) * low + z * high
+            out[place, n] = (1 - z) * low + z * high
     return out
 
 

@@ -43,8 +43,11 @@ def scan_ct(
     mineral = 1 + field_on(drawn["mineral_regional"], grid)
     coarse = tissue_fields(subject, poses, grid, [shading, mineral])
     rendering = Rendering(water=drawn["hu"], fat={}, is_ct=True, steps=STEPS, edge_mm=EDGE_MM)
-    mixed, labels = painted(subject, poses, grid, coarse, grid, rendering)
-    hu = mixed.real.copy()
+    hu, labels = np.empty(grid.size[::-1], np.float32), np.empty(grid.size[::-1], np.uint8)
+    for k, (plane, bone_labels) in enumerate(
+        painted(subject, poses, grid, coarse, grid, rendering)
+    ):
+        hu[k], labels[k] = plane.real, bone_labels
     spacing = np.array(grid.spacing[::-1])
     fwhm = np.array([drawn["fwhm_slice"], drawn["fwhm_in_plane"], drawn["fwhm_in_plane"]])
     psf_mm = fwhm * SIGMA_PER_FWHM
@@ -53,9 +56,10 @@ def scan_ct(
     for axis in range(3):
         hu = gaussian_filter1d(hu, sigma[axis], axis=axis, truncate=3, mode="nearest")
     hu += _noise(hu.shape, spacing, psf_mm, drawn, rng)
-    hu = hu * np.float32(drawn["scale"]) + np.float32(drawn["offset"])
-    stored = np.clip(np.rint(hu), -1024, 3071).astype(np.int16)
-    return grid.image(stored), grid.image(labels)
+    hu *= np.float32(drawn["scale"])
+    hu += np.float32(drawn["offset"])
+    np.clip(np.rint(hu, out=hu), -1024, 3071, out=hu)
+    return grid.image(hu.astype(np.int16)), grid.image(labels)
 
 
 def _noise(
@@ -67,6 +71,9 @@ def _noise(
     power = f * np.exp(-((2 * np.pi * psf_mm[1] * f) ** 2))
     power = np.where(f < drawn["noise_cut"], power, 0)
     white = rng.standard_normal(shape, dtype=np.float32)
-    noise = irfft2(rfft2(white) * np.sqrt(power).astype(np.float32), s=shape[1:])
+    spectrum = rfft2(white)
+    spectrum *= np.sqrt(power).astype(np.float32)
+    noise = irfft2(spectrum, s=shape[1:], overwrite_x=True)
     noise = gaussian_filter1d(noise, psf_mm[0] / spacing[0] / 2, axis=0, truncate=3)
-    return noise * np.float32(drawn["noise"] / noise.std())
+    noise *= np.float32(drawn["noise"] / noise.std())
+    return noise

@@ -13,7 +13,7 @@ from scipy.special import ndtr
 
 from ctsma.compiled import compiled
 
-TILE_SIZE = 128  # voxels, a power of two so that wrapping is one bit mask
+TILE_SIZE = 128  # voxels of a period, a power of two so that wrapping is one bit mask
 FINE_VOXELS = 8.0  # design choice: tile voxels per fine wavelength; trilinear error about 2 %
 SOFT_PER_VOXEL = (
     0.18  # half ramp of a sub-sample's edge, SD of the field per tile voxel of distance
@@ -24,11 +24,12 @@ def make_tile(rng: np.random.Generator, coarse_ratio: float, bandwidth: float) -
     """Periodic pair of independent unit-variance Gaussian fields (z, y, x, 2): fine and coarse.
 
     Wavelengths FINE_VOXELS and coarse_ratio times that; Gaussian band in |k| of relative SD
-    `bandwidth`; float32.
+    `bandwidth`; float32. The last voxel along each axis repeats the first, so that no neighbour
+    wraps; an odd number of voxels in a row also spreads them over all of the processor's cache.
     """
     fine = _narrow_band(rng, FINE_VOXELS, bandwidth)
     coarse = _narrow_band(rng, FINE_VOXELS * coarse_ratio, bandwidth)
-    return np.ascontiguousarray(np.stack([fine, coarse], axis=-1))
+    return np.pad(np.stack([fine, coarse], axis=-1), (*((0, 1),) * 3, (0, 0)), mode="wrap")
 
 
 def _narrow_band(rng: np.random.Generator, wavelength: float, bandwidth: float) -> np.ndarray:
@@ -81,7 +82,7 @@ def field_at(tile, x, y, z, cos, sin) -> float:
     x, y, z = x - np.float32(i), y - np.float32(j), z - np.float32(k)
     mask = TILE_SIZE - 1
     i, j, k = i & mask, j & mask, k & mask
-    p, q, r = (i + 1) & mask, (j + 1) & mask, (k + 1) & mask
+    p, q, r = i + 1, j + 1, k + 1
     f = np.float32(0)
     for c in range(2):
         a00 = tile[k, j, i, c] + x * (tile[k, j, p, c] - tile[k, j, i, c])
@@ -93,18 +94,21 @@ def field_at(tile, x, y, z, cos, sin) -> float:
     return f
 
 
-@compiled()
-def bone_fraction(tile, x, y, z, samples, soft, c, w, theta) -> np.ndarray:
+# `contract` lets a product and a sum be rounded once: the values differ by single precision.
+@compiled(forceinline=True, fastmath={"contract"})
+def bone_fraction(tile, x, y, z, samples, first, end, bone, soft, c, w, theta) -> float:
     """Bone volume fraction of a footprint: weighted mean over sub-samples of the level set.
 
-    (x, y, z): footprint centre in non-negative tile voxels; samples (n, 4): places relative to it,
-    and weight; soft: half width of a sub-sample's edge in SD of the field.
+    (x, y, z): footprint centre in non-negative tile voxels; samples[bone, first:end]: places
+    relative to it, and weight; soft: half width of a sub-sample's edge in SD of the field.
     """
     cos, sin, total = np.cos(theta), np.sin(theta), np.float32(0)
-    for n in range(len(samples)):
-        f = field_at(tile, x + samples[n, 0], y + samples[n, 1], z + samples[n, 2], cos, sin)
-        inside = np.float32(0.5) + (w - abs(f - c)) / (2 * soft)
-        total += samples[n, 3] * min(max(inside, np.float32(0)), np.float32(1))
+    slope = np.float32(0.5) / soft
+    for n in range(first, end):
+        dx, dy, dz = samples[bone, n, 0], samples[bone, n, 1], samples[bone, n, 2]
+        f = field_at(tile, x + dx, y + dy, z + dz, cos, sin)
+        inside = np.float32(0.5) + (w - abs(f - c)) * slope
+        total += samples[bone, n, 3] * min(max(inside, np.float32(0)), np.float32(1))
     return total
 
 

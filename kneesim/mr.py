@@ -1,8 +1,13 @@
 """The MR scanner: balanced SSFP steady state, k-space sampling, coil, off-resonance and noise."""
 
+from collections.abc import Iterator
+from functools import lru_cache
+
 import numpy as np
 import SimpleITK as sitk
-from scipy.fft import fft2, ifft2, next_fast_len
+from scipy.fft import fft, ifft2, next_fast_len
+
+from ctsma.compiled import compiled
 
 from .painting import (
     COARSE_MM,
@@ -102,23 +107,35 @@ def scan_mr(
     water, fat = mr_signals(mr)
     profile_mm = mr["slice_profile"].value
     rendering = Rendering(water, fat, False, STEPS, EDGE_MM, profile_mm, widening)
-    image = _k_space_sampled(subject, poses, grid, coarse, rendering)
     sigma = np.float32(drawn["full_scale"] / drawn["snr"])
-    magnitude = np.empty(image.shape, np.float32)
-    for plane, out in zip(image, magnitude, strict=True):
-        real, imaginary = rng.standard_normal((2, *plane.shape), dtype=np.float32) * sigma
-        np.hypot(plane.real + real, plane.imag + imaginary, out=out)
-    return grid.image(np.clip(np.rint(magnitude), 0, MAX_GREY).astype(np.int16))
+    stored = np.empty(grid.size[::-1], np.int16)
+    planes = _k_space_sampled(subject, poses, grid, coarse, rendering)
+    for plane, out in zip(planes, stored, strict=True):
+        noise = rng.standard_normal((2, *plane.shape), dtype=np.float32)
+        _store_magnitude(plane, noise, sigma, out)
+    return grid.image(stored)
+
+
+@compiled()
+def _store_magnitude(plane, noise, sigma, out) -> None:
+    """Write the magnitude of a complex plane with noise (2, j, i) of SD sigma, in whole numbers."""
+    for j in range(plane.shape[0]):
+        for i in range(plane.shape[1]):
+            real = plane[j, i].real + noise[0, j, i] * sigma
+            imaginary = plane[j, i].imag + noise[1, j, i] * sigma
+            # Squares of single precision are exact in double precision.
+            square = np.float64(real) * np.float64(real) + np.float64(imaginary) ** 2
+            out[j, i] = min(np.rint(np.float32(np.sqrt(square))), np.float32(MAX_GREY))
 
 
 def _k_space_sampled(
     subject: Subject, poses: dict, grid: Grid, coarse: np.ndarray, rendering: Rendering
-) -> np.ndarray:
-    """Complex image (k, j, i): near the joint sampled in k-space, elsewhere point-sampled.
+) -> Iterator[np.ndarray]:
+    """Complex planes (j, i): near the joint sampled in k-space, elsewhere point-sampled.
 
-    Near the joint the image is painted twice as fine in plane and cut in k-space.
+    Near the joint the image is painted twice as fine in plane and cut in k-space. Each plane is
+    overwritten by a later one.
     """
-    image, _ = painted(subject, poses, grid, coarse, grid, rendering)
     low, high = _near_joint(coarse, grid)
     spacing = np.array(grid.spacing) / (2, 2, 1)
     first_voxel = low * grid.spacing - np.array([0.5, 0.5, 0.0]) * spacing
@@ -128,15 +145,18 @@ def _k_space_sampled(
         direction=grid.direction,
         origin=grid.origin + grid.direction @ first_voxel,
     )
-    planes, _ = painted(subject, poses, fine, coarse, grid, rendering)
-    part = np.stack([k_space_cut(plane) for plane in planes])
     # The cut wraps around: voxels near its seam are not used, unless the scan itself ends there.
-    first = np.where(low > 0, SEAM, 0)
-    last = np.array(part.shape[::-1]) - np.where(high < grid.size, SEAM, 0)
-    rows, columns = slice(first[1], last[1]), slice(first[0], last[0])
-    target = image[low[2] : high[2], low[1] : high[1], low[0] : high[0]]
-    target[:, rows, columns] = part[:, rows, columns]
-    return image
+    seam = np.array([SEAM, SEAM, 0])
+    first = low + np.where(low > 0, seam, 0)
+    end = high - np.where(high < grid.size, seam, 0)
+    columns, rows = (slice(first[n] - low[n], end[n] - low[n]) for n in range(2))
+    outside = painted(subject, poses, grid, coarse, grid, rendering, hole=(first, end))
+    near = painted(subject, poses, fine, coarse, grid, rendering)
+    for k, (plane, _) in enumerate(outside):
+        if low[2] <= k < high[2]:
+            fine_plane, _ = next(near)
+            plane[first[1] : end[1], first[0] : end[0]] = k_space_cut(fine_plane)[rows, columns]
+        yield plane
 
 
 def k_space_cut(plane: np.ndarray) -> np.ndarray:
@@ -144,13 +164,19 @@ def k_space_cut(plane: np.ndarray) -> np.ndarray:
 
     Only the low frequencies are kept.
     """
-    rows, columns = (np.rint(np.fft.fftfreq(n // 2, 2 / n)).astype(int) for n in plane.shape)
+    rows, columns, shift = _kept_frequencies(plane.shape)
+    spectrum = fft(fft(plane, axis=1)[:, columns], axis=0)[rows]
+    return ifft2(spectrum * shift, overwrite_x=True) / np.float32(4)
+
+
+@lru_cache(maxsize=2)
+def _kept_frequencies(shape: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indices of the low frequencies of a plane (2 j, 2 i), and their phase shift (j, i)."""
+    rows, columns = (np.rint(np.fft.fftfreq(n // 2, 2 / n)).astype(int) for n in shape)
     # A voxel's centre lies half a fine sample behind its first one: a shift by phase.
-    row_shift = np.exp(1j * np.pi * rows / plane.shape[0])
-    column_shift = np.exp(1j * np.pi * columns / plane.shape[1])
-    shift = np.multiply.outer(row_shift, column_shift).astype(np.complex64)
-    spectrum = fft2(plane)[np.ix_(rows, columns)] * shift
-    return ifft2(spectrum) / 4
+    row_shift = np.exp(1j * np.pi * rows / shape[0])
+    column_shift = np.exp(1j * np.pi * columns / shape[1])
+    return rows, columns, np.multiply.outer(row_shift, column_shift).astype(np.complex64)
 
 
 def _near_joint(coarse: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
@@ -158,7 +184,7 @@ def _near_joint(coarse: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]
 
     Its sizes are such that an FFT of them is fast.
     """
-    near = (coarse[:2].min(axis=0) < 1) & (coarse[-1] < DENSE_MM)
+    near = (coarse[..., :2].min(axis=-1) < 1) & (coarse[..., -1] < DENSE_MM)
     low, high = np.zeros(3, int), np.zeros(3, int)
     for axis in range(3):  # i, j, k
         others = tuple({0, 1, 2} - {2 - axis})

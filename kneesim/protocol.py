@@ -1,6 +1,7 @@
 """The protocol: every distribution of the simulated cohort, checked, drawn from and hashed."""
 
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -144,13 +145,19 @@ def z_score(quantity: Quantity, value: float) -> float:
 
 def _read_groups(path: Path) -> dict:
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = _parse(path.read_text("utf-8"))
     except (OSError, yaml.YAMLError) as error:
         problem = f"is not a readable YAML file ({error})"
         raise InputError(path, problem, "give a protocol file") from error
     if not isinstance(content, dict):
         raise InputError(path, "holds no groups", "start from the default protocol")
     return {name: entries for name, entries in content.items() if isinstance(entries, dict)}
+
+
+@lru_cache(maxsize=2)
+def _parse(text: str) -> object:
+    """Content of a YAML text; every knee reads the same one."""
+    return yaml.safe_load(text)
 
 
 def _quantity(path: Path, group: str, name: str, entry: dict) -> Quantity:

@@ -1,5 +1,6 @@
 """One simulated knee before it is scanned: warped anatomy, disease, and trabeculae of each bone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from ctsma.common import BONES
 
-from .anatomy import Template, lattice_points, own_template, sample_grid
+from .anatomy import FIELDS, Template, lattice_points, own_template, sample_grid
 from .label_map import label_template
 from .microstructure import (
     FINE_VOXELS,
@@ -47,7 +48,7 @@ class Microstructure:
 
     def at(self, points: np.ndarray) -> np.ndarray:
         """c, w, theta, water (n, 4) at bone-frame points (n, 3) xyz mm."""
-        return sample_grid(self.parameters, self.origin_mm, GRID_MM, points)
+        return sample_grid(self.parameters, np.arange(4), self.origin_mm, GRID_MM, points).T
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,14 @@ class Subject:
     drawn: dict[str, float]
     cysts: dict[str, np.ndarray]  # (n, 4): x, y, z, radius in the bone frame (mm)
 
-    def fields(self, points: np.ndarray) -> dict[str, np.ndarray]:
-        """Tissue distances (mm) at bone-frame points (n, 3), through scale, warp and disease."""
+    def fields(self, points: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Distances (mm) of tissues at bone-frame points (n, 3), through scale, warp and disease.
+
+        names: bones, which come with their cartilage and depth, and soft tissues.
+        """
         warped = points + displacement(self.warp, points)
-        sampled = self.template.sample(warped / self.scale)
+        wanted = [name for name in FIELDS if name in names or name.split("_")[0] in names]
+        sampled = self.template.sample(warped / self.scale, wanted)
         fields = {name: distance * self.scale for name, distance in sampled.items()}
         return _add_disease(fields, points, self.drawn)
 
@@ -143,7 +148,7 @@ def draw_warp(sd_mm: float, wavelength_mm: float, rng: np.random.Generator) -> n
 
 def displacement(warp: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Displacement (n, 3) mm of `draw_warp` at points (n, 3)."""
-    return sample_grid(warp, WARP_BOX_MM[0], WARP_GRID_MM, points)
+    return sample_grid(warp, np.arange(3), WARP_BOX_MM[0], WARP_GRID_MM, points).T
 
 
 def medial_share(points: np.ndarray, width_mm: float) -> np.ndarray:
@@ -153,10 +158,12 @@ def medial_share(points: np.ndarray, width_mm: float) -> np.ndarray:
 
 def _add_disease(fields: dict, points: np.ndarray, drawn: dict) -> dict:
     """Cartilage thinned by compartment, osteophytes at the joint margins."""
-    medial = medial_share(points, 3.0)
-    lost = medial * drawn["loss_medial"], (1 - medial) * drawn["loss_lateral"]
-    left = (1 - lost[0] - lost[1]) * drawn["cartilage_variation"]
-    for bone in ("femur", "tibia", "patella"):
+    bones = [bone for bone in ("femur", "tibia", "patella") if bone in fields]
+    if bones:
+        medial = medial_share(points, 3.0)
+        lost = medial * drawn["loss_medial"], (1 - medial) * drawn["loss_lateral"]
+        left = (1 - lost[0] - lost[1]) * drawn["cartilage_variation"]
+    for bone in bones:
         thickness = fields[bone] - fields[f"{bone}_cartilage"]
         fields[f"{bone}_cartilage"] = fields[bone] - thickness * left
         if drawn["osteophyte"] and bone != "patella":
@@ -197,7 +204,7 @@ def _draw_bone(
     """Parameter grids: log BV/TV = compartment + depth + region + person; the rest follows it."""
     micro, disease = protocol["microstructure"], protocol["disease"]
     points, shape = lattice_points(*map(np.array, BOX_MM[bone]), GRID_MM)
-    depth = subject.fields(points)[f"{bone}_depth"]
+    depth = subject.fields(points, (bone,))[f"{bone}_depth"]
     severity, level = shared["severity"], {}
     for side in ("medial", "lateral"):
         level[side] = np.log(micro[f"bv_tv_{bone}_{side}"].value)
@@ -280,7 +287,7 @@ def _draw_spots(
         y = rng.uniform(-12, 12)
         z = np.arange(-30, 40, 1.0)
         column = np.c_[np.full(z.size, x), np.full(z.size, y), z] * subject.scale
-        inside = subject.fields(column)[bone] < -(0.8 * radius + 0.5)
+        inside = subject.fields(column, (bone,))[bone] < -(0.8 * radius + 0.5)
         if inside.any():
             nearest = 0 if bone == "femur" else -1
             spots[bone].append([*column[inside][nearest], radius])

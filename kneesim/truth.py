@@ -98,7 +98,7 @@ def draw_targets(
     targets = {}
     for bone in BONES:
         points = rng.uniform(-45, 45, (30000, 3)) + [0, 0, 20.0 if bone == "femur" else -20.0]
-        fields = subject.fields(points)
+        fields = subject.fields(points, (bone,))
         depth = fields[f"{bone}_depth"]
         points = points[(fields[bone] < -1) & (depth > 1) & (depth < 10)]
         for scan, grid in grids.items():

@@ -28,6 +28,7 @@ from kneesim import (
     load_protocol,
     make_tile,
     measure_ground_truth,
+    painting,
     protocol_sha256,
     read_calibration,
     read_labels,
@@ -36,12 +37,14 @@ from kneesim import (
     write_cohort,
 )
 from kneesim.anatomy import FIELDS, LOW_MM, SPACING_MM
+from kneesim.ct import CT_AXES
 from kneesim.difficulty import TARGETS
-from kneesim.knees import cut_short
+from kneesim.knees import cut_short, settings
 from kneesim.microstructure import FINE_VOXELS, TILE_SIZE, is_bone, sub_samples
-from kneesim.mr import k_space_cut
+from kneesim.mr import MR_AXES, k_space_cut
+from kneesim.painting import TISSUES, Rendering, apply, make_grid, painted, tissue_fields
 from kneesim.protocol import CALIBRATION, PROTOCOL
-from kneesim.subject import load_template
+from kneesim.subject import load_template, make_subject
 
 FIELD_MM = (60.0, 40.0, 40.0)
 # The protocol may change only with an entry in docs/deviations.md and a rerun of all results.
@@ -137,14 +140,17 @@ def test_level_set_has_the_bone_volume_fraction_of_the_closed_form():
 def test_tile_is_periodic_and_of_unit_variance_where_it_is_sampled(tile):
     # The step over the seam is no larger than steps elsewhere, to the sampling error of one face.
     inner = np.abs(np.diff(tile, axis=0)).mean()
-    assert np.abs(tile[0] - tile[-1]).mean() == pytest.approx(inner, rel=0.1)
+    assert np.abs(tile[-2] - tile[-1]).mean() == pytest.approx(inner, rel=0.1)
+    for axis in range(3):
+        ends = np.take(tile, [0, TILE_SIZE], axis)
+        assert (np.diff(ends, axis=axis) == 0).all()  # the last voxel repeats the first
     points = np.random.default_rng(0).uniform(0, 4 * TILE_SIZE, (40000, 3))
     w = np.full(len(points), level_half_width(0.3, 0.0))
     for theta in (0.0, 0.7, np.pi / 2):
         bony = is_bone(tile, points, np.zeros(len(points)), w, np.full(len(points), theta))
         # A tile holds some 2000 independent wavelengths: standard error about 0.01.
         assert bony.mean() == pytest.approx(0.3, abs=0.02)
-    spectrum = np.abs(np.fft.rfft(tile[..., 0], axis=2)).mean((0, 1))
+    spectrum = np.abs(np.fft.rfft(tile[:, :, :-1, 0], axis=2)).mean((0, 1))
     # Projections of an isotropic band lie below its edge.
     assert spectrum.argmax() <= TILE_SIZE / FINE_VOXELS * 1.2
 
@@ -216,6 +222,41 @@ def test_k_space_sampling_keeps_what_is_below_nyquist_and_rings_at_an_edge():
     # Gibbs: 9 % of the step at any resolution; a step of one sample a little more.
     assert 1.03 < edge.max() < 1.11
     assert -0.11 < edge.min() < -0.03
+
+
+@pytest.mark.parametrize(("scan", "axes"), [("ct", CT_AXES), ("mr", MR_AXES)])
+def test_painting_leaves_out_nothing_that_is_seen(monkeypatch, scan, axes):
+    protocol, streams = load_protocol(), [5, 0]
+    knee = draw_subjects(protocol, 1, 5).iloc[0].to_dict()
+    subject = make_subject(knee, protocol, streams, None)
+    poses, _ = settings(subject, protocol, streams, [scan], FIELD_MM)
+    # From the bearing of a condyle over the flesh beside it to the air.
+    centre = apply(poses[scan]["femur"], np.array([[46.0, 0.0, 8.0]]))[0]
+    grid = make_grid((48, 12, 8), (1.5, 1.1, 1.3), axes, centre)
+    coarse = tissue_fields(subject, poses[scan], grid, [np.full(1, 2.0)] * 4)
+    tissues = {name: float(n) for n, name in enumerate(TISSUES, 1)}
+    rendering = Rendering(tissues, tissues, scan == "ct", ((1, 1, 5), (1, 1, 3)), 0.5)
+
+    def planes(**options):
+        given = subject, poses[scan], grid, coarse, grid, rendering
+        image, labels = zip(
+            *((i.copy(), n.copy()) for i, n in painted(*given, **options)), strict=True
+        )
+        return np.stack(image), np.stack(labels)
+
+    fast, labels = planes()
+    assert len(np.unique(fast)) > 100 and labels.any()
+    hole = (2, 1, 1), (grid.size[0] - 2, grid.size[1] - 1, grid.size[2])
+    seen = np.ones(fast.shape, bool)
+    seen[hole[0][2] : hole[1][2], hole[0][1] : hole[1][1], hole[0][0] : hole[1][0]] = False
+    around, _ = planes(hole=hole)
+    assert np.array_equal(around[seen], fast[seen])
+    # The same function, not compiled, that takes no cell for plain.
+    monkeypatch.setattr(painting, "_is_plain", lambda *_: False)
+    monkeypatch.setattr(painting, "paint", painting.paint.py_func)
+    slow, slow_labels = planes()
+    assert np.abs(slow - fast).max() < 1e-5 * np.abs(fast).max()  # single precision
+    assert np.array_equal(slow_labels, labels)
 
 
 def test_some_scans_lose_one_face_of_their_field_of_view_and_nothing_else():
