@@ -46,7 +46,7 @@ from ctsma.distillation import (
     fit_normalisation,
     load_model,
     predict,
-    predict_with_sd,
+    predict_rows,
     prepare,
     train,
 )
@@ -140,7 +140,7 @@ class Trainer:
         network = self.once(
             name, lambda: train(data, fold, weights, cache, self.seed, settings, network=start)[0]
         )
-        return network, predict_with_sd(network, data, fold.test, fold.scale, settings)[0]
+        return network, predict_rows(network, data, fold.test, fold.scale, settings)
 
 
 class StudentOutputs:

@@ -212,8 +212,8 @@ def bland_altman(
 def conformal_radius(scores: ndarray, level: float = 0.90) -> float:
     """Split-conformal radius: the ceil((n + 1) level)-th smallest score; infinite beyond the n-th.
 
-    Scores |reference - estimate| (n,) of calibration targets, or these divided by the predicted SD.
-    The radius covers a new, exchangeable target with probability >= level (Vovk 2005; Lei 2018).
+    Scores |reference - estimate| (n,) of calibration targets. The radius covers a new, exchangeable
+    target with probability >= level (Vovk 2005; Lei 2018).
     """
     scores = np.sort(np.asarray(scores, dtype=float))
     if np.isnan(scores).any() or not 0 < level < 1:
@@ -223,23 +223,19 @@ def conformal_radius(scores: ndarray, level: float = 0.90) -> float:
     return float(scores[rank - 1]) if rank <= len(scores) else np.inf
 
 
-def cross_conformal(reference, estimate, folds, sd=None, level=0.90) -> pd.DataFrame:
+def cross_conformal(reference, estimate, folds, level=0.90) -> pd.DataFrame:
     """Interval of each out-of-fold estimate, calibrated on the residuals of the other folds.
 
-    folds (n,): subject-wise folds. sd (n,): predicted SD, so that uncertain patches get wider
-    intervals. Returns DataFrame(low, high, covered).
+    folds (n,): subject-wise folds. Returns DataFrame(low, high, covered).
     """
     x, y = _pairs(reference, estimate)
     folds = np.asarray(folds)
-    scale = np.ones_like(x) if sd is None else np.asarray(sd, dtype=float)
-    if folds.shape != x.shape or pd.isna(folds).any() or not np.all(scale > 0):
-        problem = "hold NaN, an SD that is not positive, or another number of values"
-        raise InputError("folds, sd", problem, "give one fold and one positive SD per estimate")
-    scores, half = np.abs(x - y) / scale, np.empty_like(x)
+    if folds.shape != x.shape or pd.isna(folds).any():
+        raise InputError("folds", "hold NaN or another number of values", "give one per estimate")
+    scores, half = np.abs(x - y), np.empty_like(x)
     for fold in np.unique(folds):
         half[folds == fold] = conformal_radius(scores[folds != fold], level)
-    half *= scale
-    return pd.DataFrame({"low": y - half, "high": y + half, "covered": np.abs(x - y) <= half})
+    return pd.DataFrame({"low": y - half, "high": y + half, "covered": scores <= half})
 
 
 def _reference_and_estimate(frame: pd.DataFrame, against: str) -> tuple[ndarray, ndarray]:

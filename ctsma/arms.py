@@ -25,6 +25,7 @@ class Arm:
     kind: Literal["ridge", "student", "teacher", "reference", "external"]
     input: Literal["ct", "ct+cortex", "mr"]
     baseline: str | None = None
+    without_teacher: str | None = None
     loss_weights: list[dict[str, float]] = field(default_factory=lambda: [{}])
     published: dict = field(default_factory=dict)
 

@@ -52,7 +52,6 @@ class Network(nn.Module):
     published : mean over the whole grid and a sigmoid at the end. Otherwise mean over the
         trabecular region and no sigmoid, so that the prediction is the mean of the class
         activation maps.
-    log_variance : pooled features (B, C) -> log variances of the predictions (B, 4), or None.
     """
 
     def __init__(
@@ -62,11 +61,10 @@ class Network(nn.Module):
         head: nn.Module,
         edge: int | None = None,
         published: bool = False,
-        log_variance: nn.Module | None = None,
     ):
         super().__init__()
         self.stem, self.stages, self.head = stem, nn.ModuleList(stages), head
-        self.log_variance, self.edge, self.published = log_variance, edge, published
+        self.edge, self.published = edge, published
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Input (B, channels, slices, rows, columns) -> prediction (B, 4), maps of the stages.
@@ -93,10 +91,6 @@ class Network(nn.Module):
         Class activation maps, Zhou 2016, arXiv 1512.04150.
         """
         return self.head(last_map.movedim(1, -1)).movedim(-1, 1).float()
-
-    def predicted_log_variance(self, last_map: Tensor, region: Tensor) -> Tensor:
-        """Log variances (B, 4) on the scale of the predictions, limited to -12 .. 2."""
-        return self.log_variance(self.pool(last_map, region)).float().clamp(-12, 2)
 
 
 def masked_mean(features: Tensor, mask: Tensor) -> Tensor:
@@ -153,8 +147,7 @@ def _compact(role: str, widths: tuple[int, ...], channels: int) -> Network:
         UnetResBlock(3, first, middle, 3, 2, "batch"),
         UnetResBlock(3, middle, last, 3, 1, "batch"),
     ]
-    head = nn.Linear(last, len(BIOMARKERS))
-    return Network(stem, stages, head, log_variance=nn.Linear(last, len(BIOMARKERS)))
+    return Network(stem, stages, nn.Linear(last, len(BIOMARKERS)))
 
 
 def _paper(role: str) -> Network:
@@ -322,7 +315,7 @@ def quasi_demeaning(rho: float, counts: np.ndarray) -> np.ndarray:
 
     rho is the correlation of the errors of a knee's patches.
     """
-    return 1 - np.sqrt((1 - rho) / (1 - rho + counts * rho))
+    return 1 - ((1 - rho) / (1 - rho + counts * rho)) ** 0.5
 
 
 def apply_ridge(

@@ -13,10 +13,10 @@ from statsmodels.stats.proportion import proportion_confint
 from ctsma.agreement import icc
 from ctsma.cohort import image_path, read_knee_volume
 from ctsma.cohort.images import format_extent
-from ctsma.cohort.manifest import check_sha256
 from ctsma.common import BIOMARKERS, IMAGES, InputError
 from ctsma.diagnosis.inputs import knee_table
 from ctsma.diagnosis.statistics import checked_labels
+from dicom_import.checks import check_sha256
 
 PATCH = ["knee_id", "patch_id"]  # what names a patch
 

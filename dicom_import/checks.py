@@ -1,16 +1,17 @@
 """All problems of all knees before a run: files, geometry, HU, bones, joint line, side, pair."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import joblib
 import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 
-from ctsma.cohort import read_knee_volume
+from ctsma.cohort import image_path, read_knee_volume
 from ctsma.cohort.images import format_extent
-from ctsma.cohort.manifest import check_sha256
 from ctsma.common import COMPARTMENTS, IMAGES, InputError
+from ctsma.files import sha256_file
 from ctsma.patches import RIM_MM, bearing_surface, patch_centres
 from ctsma.registration import knee_masks, register_knee
 from dicom_import.sides import side_of, split_knees
@@ -180,3 +181,12 @@ def _cut(masks: sitk.Image, side: str) -> list[str]:
             text = f"the bearing surface ends {distance_mm:.1f} mm from the {name} of the image "
             texts.append(f"{text}(at least {RIM_MM:g}); export the whole depth of the knee.")
     return texts
+
+
+def check_sha256(knee: dict | pd.Series, column: str, root: str | Path) -> None:
+    """InputError where an image file differs from the checksum that the manifest gives."""
+    expected, path = knee.get(f"{column}_sha256"), image_path(knee, column, root)
+    if isinstance(expected, str) and path.is_file() and sha256_file(path) != expected:
+        problem = f"differs from {column}_sha256 of the manifest"
+        remedy = "restore the file, or correct the checksum if the change is meant"
+        raise InputError(path, problem, remedy)

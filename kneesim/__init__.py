@@ -18,4 +18,4 @@ from .patch_truth import (
 )
 from .protocol import Quantity, draw_subjects, load_protocol, protocol_sha256, read_calibration
 from .subject import bone_cube
-from .truth import Truth, has_truth, read_truth
+from .truth import Truth, has_truth, read_truth, stage_errors_mm

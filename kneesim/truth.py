@@ -12,6 +12,7 @@ import SimpleITK as sitk
 from ctsma.cohort import write_volume
 from ctsma.common import BONES, InputError
 from ctsma.files import atomic
+from ctsma.registration import target_registration_error_mm
 from ctsma.registration.transforms import rigid_transform
 
 from .label_map import label_points
@@ -174,3 +175,24 @@ def _read_transforms(folder: Path, stem: str) -> dict[str, sitk.Euler3DTransform
         if path.exists():
             transforms[bone] = sitk.Euler3DTransform(sitk.ReadTransform(str(path)))
     return transforms
+
+
+def stage_errors_mm(stages: dict, true: dict, points_lps: dict) -> dict:
+    """Target registration errors of all stages.
+
+    Parameters
+    ----------
+    stages : {stage: {bone: transform}} as of `read_stages`. true : {bone: transform}.
+    points_lps : {bone: (n, 3) CT points in LPS mm}.
+
+    Returns
+    -------
+    {stage: {bone: (n,) errors in mm}}.
+    """
+    errors = {}
+    for stage, transforms in stages.items():
+        errors[stage] = {
+            bone: target_registration_error_mm(transform, true[bone], points_lps[bone])
+            for bone, transform in transforms.items()
+        }
+    return errors

@@ -24,8 +24,8 @@ import SimpleITK as sitk
 sys.path.insert(0, str(Path(__file__).parent))  # to be run as a script too
 from dicom_export import edit, header, small, write_multiframe, write_series
 
-from ctsma import cli, cohort
-from ctsma_lab import runner, views
+from ctsma import cohort
+from ctsma_lab import cli, runner, views
 from dicom_import import import_dicom
 from dicom_import.checks import check_knees
 

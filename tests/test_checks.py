@@ -8,9 +8,10 @@ import pytest
 import SimpleITK as sitk
 from dicom_export import write_series
 
-from ctsma import cli, cohort, patches
+from ctsma import cohort, patches
 from ctsma.common import COMPARTMENTS, InputError
 from ctsma.registration import bone_masks
+from ctsma_lab import cli
 from dicom_import import import_dicom
 from dicom_import.checks import check_knees
 from dicom_import.sides import side_of, split_knees

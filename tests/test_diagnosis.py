@@ -204,7 +204,7 @@ def test_tokens_of_an_arm_and_of_the_reference():
     references = [f"{name}_reference" for name in BIOMARKERS]
     place[references] = rng.normal(size=(len(place), 4))
     predictions = pd.concat([place.assign(arm="ct_sma"), place.assign(arm="ct_only", bv_tv=0.5)])
-    tokens = tokens_by_arm(predictions.assign(bv_tv_sd=1.0), ["k01", "k03"])
+    tokens = tokens_by_arm(predictions.assign(further=1.0), ["k01", "k03"])
     assert list(tokens) == ["ct_sma", "ct_only", "mr_reference"]
     columns = {"knee_id", "subject_id", "patch_id", "compartment", "u", "v", "w", *BIOMARKERS}
     assert all(set(rows) == columns and len(rows) == 24 for rows in tokens.values())

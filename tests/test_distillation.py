@@ -30,7 +30,7 @@ from ctsma.distillation import (
 )
 from ctsma.distillation.data import augment_ct, knee_batches, make_input
 from ctsma.distillation.losses import knee_level_mse
-from ctsma.distillation.training import TeacherCache, gaussian_nll, predict_with_sd, train
+from ctsma.distillation.training import TeacherCache, predict_rows, train
 from ctsma.models import apply_ridge, build, to_ct_grid
 from ctsma.patches import Patches
 from ctsma_lab.training_views import patch_correlation, read_records
@@ -393,7 +393,7 @@ def test_a_pair_without_target_serves_the_distillation_terms_alone(patches):
     assert np.isfinite(curves[0.0]["fit_mse"]).all()
 
 
-def test_seeds_are_averaged_and_their_variance_is_kept(patches, tmp_path):
+def test_seeds_are_averaged(patches, tmp_path):
     arms = ["hu_regression", "ct_only"]
     found = cross_validate(patches, splits_of(patches), arms, TINY, [0, 1], tmp_path)
     assert found.groupby("arm")["seed"].nunique().to_dict() == {"hu_regression": 1, "ct_only": 2}
@@ -403,9 +403,6 @@ def test_seeds_are_averaged_and_their_variance_is_kept(patches, tmp_path):
     one = found[(found["arm"] == "ct_only") & (found["knee_id"] == "s0") & (found["patch_id"] == 0)]
     row = mean.loc[("ct_only", "s0", 0)]
     assert row["bv_tv"] == pytest.approx(one["bv_tv"].mean())
-    variance = (one["bv_tv_sd"] ** 2).mean() + one["bv_tv"].var(ddof=0)
-    assert row["bv_tv_sd"] == pytest.approx(variance**0.5)
-    assert mean.loc["hu_regression", "bv_tv_sd"].isna().all()
     table = patches.table.assign(true_bv_tv=0.5)
     joined = distillation.with_reference(mean.reset_index(), table)
     first = joined[(joined["knee_id"] == "s0") & (joined["patch_id"] == 0)].iloc[0]
@@ -450,7 +447,7 @@ def test_cortical_hu_is_used_by_calibrated_arms_alone(patches, tmp_path):
         fold = make_fold(data, splits_of(patches), 0, 0, settings, ARMS[arm])
         network, _ = train(data, fold, {}, None, 0, settings)
         before, after = (
-            predict_with_sd(network, d, fold.test, fold.scale, settings)[0] for d in (data, other)
+            predict_rows(network, d, fold.test, fold.scale, settings) for d in (data, other)
         )
         assert np.array_equal(before, after) == same
 
@@ -461,7 +458,7 @@ def test_a_network_whose_head_is_zero_gives_the_ridge_that_it_corrects(patches):
     network = build("ct+cortex", "compact", torch.Generator().manual_seed(0), (4, 4, 8)).eval()
     for parameter in network.head.parameters():
         torch.nn.init.zeros_(parameter)
-    found, _ = predict_with_sd(network, data, fold.test, fold.scale, settings)
+    found = predict_rows(network, data, fold.test, fold.scale, settings)
     weights, low, high = (np.array(fold.scale[name]) for name in ("ridge", "low", "high"))
     ridge = apply_ridge(weights, data.features[fold.test], low, high)
     np.testing.assert_allclose(found, ridge, rtol=1e-5)
@@ -489,23 +486,6 @@ def test_cached_teacher_outputs_are_those_of_the_teacher(patches, monkeypatch):
     for a, b in zip(cached.state_dict().values(), live.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert curves["validation_mse"].notna().tolist() == [True, False, False, True]
-
-
-def test_the_predicted_variance_learns_from_errors_and_leaves_predictions_alone():
-    network = build("ct", "compact", torch.Generator().manual_seed(0), (4, 4, 8))
-    _, maps = network(torch.rand(3, 2, 12, 24, 24))
-    region, error = torch.ones(3, 1, 12, 24, 24), torch.full((2, 4), 0.1)
-    labelled = torch.tensor([True, False, True])
-    torch.nn.init.zeros_(network.log_variance.weight)
-    # likelihood of an error e under log variance s: (e^2 exp(-s) + s) / 2, least at s = log e^2
-    for s in (0.0, float(np.log(0.01))):
-        torch.nn.init.constant_(network.log_variance.bias, s)
-        loss = gaussian_nll(network, maps[-1], region, error, labelled)
-        assert loss.item() == pytest.approx(0.5 * (0.01 * np.exp(-s) + s), rel=1e-4)
-    loss.backward()
-    assert network.log_variance.bias.grad.abs().max() < 1e-5  # the minimum
-    others = [p for n, p in network.named_parameters() if not n.startswith("log_variance")]
-    assert all(parameter.grad is None for parameter in others)
 
 
 def test_augmentation_is_drawn_from_the_generator_alone():

@@ -16,8 +16,8 @@ import pytest
 import torch
 import yaml
 
-from ctsma.cli import build_parser
 from ctsma.distillation import ARMS, DistillationBatch, Outputs, distillation_loss, read_arms
+from ctsma_lab.cli import build_parser
 from ctsma_lab.report import update_readme
 from ctsma_lab.runner import STAGES, notebook_parameters
 

@@ -99,7 +99,7 @@ def test_an_installed_wheel_runs_and_finds_notebooks_and_model(installed, tmp_pa
     program = """
 import json
 import ctsma.files, ctsma_lab.runner, ctsma_predict.model
-from ctsma import cli
+from ctsma_lab import cli
 from ctsma_predict.predict_command import SHIPPED_MODEL
 assert not (ctsma.files.ROOT / "pyproject.toml").exists(), ctsma.files.ROOT
 assert cli.main(["run", "--profile", "tiny", "--dry-run"]) == 0

@@ -19,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import ctsma_predict as prediction
-from ctsma import cli, patches
+from ctsma import patches
 from ctsma.cache import content_hash
 from ctsma.cohort import write_volume
 from ctsma.common import BIOMARKERS, BONES, COMPARTMENTS, InputError
@@ -27,6 +27,7 @@ from ctsma.diagnosis import compartment_means
 from ctsma.distillation import cross_validate, mean_over_seeds, with_reference
 from ctsma.files import sha256_file, write_json
 from ctsma.registration import bone_masks
+from ctsma_lab import cli
 from ctsma_predict import folder, knee, limits
 from ctsma_predict import model as model_directory
 from kneesim import knees as simulated

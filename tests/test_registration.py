@@ -22,7 +22,6 @@ from ctsma.registration import (
     register_knee,
     register_pair,
     rigid_transform,
-    stage_errors_mm,
     target_registration_error_mm,
     transform_points,
     write_registration,
@@ -32,7 +31,7 @@ from ctsma.registration.quality import MIN_CORRELATION, flexion_deg
 from ctsma.registration.stages import align_trabeculae, bone_depths_mm, starting_transforms
 from ctsma.registration.trabeculae import MIN_VOXELS, highpass, trabecular_correlation
 from ctsma.registration.transforms import image_centre, recentred, sample_points, voxel_axes
-from kneesim import protocol_sha256
+from kneesim import protocol_sha256, stage_errors_mm
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))

@@ -9,7 +9,6 @@ import pandera.pandas as pa
 import SimpleITK as sitk
 
 from ctsma.common import VOLUMES, InputError
-from ctsma.files import sha256_file
 
 from .images import read_volume
 
@@ -168,15 +167,6 @@ def read_knee_volume(knee: dict | pd.Series, column: str, root: str | Path) -> s
         return read_volume(path, "CT")
     echo = knee.get("mr_echo")
     return read_volume(path, "MR", None if pd.isna(echo) else int(echo))
-
-
-def check_sha256(knee: dict | pd.Series, column: str, root: str | Path) -> None:
-    """InputError where an image file differs from the checksum that the manifest gives."""
-    expected, path = knee.get(f"{column}_sha256"), image_path(knee, column, root)
-    if isinstance(expected, str) and path.is_file() and sha256_file(path) != expected:
-        problem = f"differs from {column}_sha256 of the manifest"
-        remedy = "restore the file, or correct the checksum if the change is meant"
-        raise InputError(path, problem, remedy)
 
 
 def _sentences(cases: pd.DataFrame) -> list[str]:

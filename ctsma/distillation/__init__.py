@@ -7,4 +7,4 @@ from .cross_validation import cross_validate, mean_over_seeds, predict_ct_only, 
 from .data import Fold, TrainingData, fit_normalisation, make_fold, prepare
 from .losses import LOSS_TERMS, DistillationBatch, Outputs, distillation_loss
 from .settings import Settings
-from .training import TeacherCache, computes_in_bfloat16, predict, predict_with_sd, train
+from .training import TeacherCache, computes_in_bfloat16, predict, predict_rows, train

@@ -17,14 +17,14 @@ from ctsma.arms import ARMS, TRAINED, Arm, validated
 from ctsma.cache import content_hash, read_record, source_sha256, time_left
 from ctsma.common import BIOMARKERS, InputError
 from ctsma.files import sha256_file, versions
-from ctsma.models import Network, ridge_estimates
+from ctsma.models import Network, apply_ridge
 from ctsma.patches import Patches, mean_cortical_hu
 
 from .checkpoints import load_model, save_model
-from .data import Fold, TrainingData, make_fold, prepare
+from .data import Fold, TrainingData, make_fold, prepare, ridge_of
 from .losses import loss_term
 from .settings import Settings
-from .training import TeacherCache, predict_with_sd, train, with_teacher_labels
+from .training import TeacherCache, predict_rows, train, with_teacher_labels
 
 TEACHER = ARMS["mr_teacher"]
 KEYS = ["arm", "fold", "knee_id", "subject_id", "patch_id"]
@@ -61,8 +61,7 @@ def cross_validate(
 
     Returns
     -------
-    DataFrame: arm, fold, seed, knee_id, subject_id, patch_id, the four predicted biomarkers and
-    their predicted <biomarker>_sd (NaN for a ridge).
+    DataFrame: arm, fold, seed, knee_id, subject_id, patch_id and the four predicted biomarkers.
 
     Raises InputError: NaN in patches, a subject without fold, a fold without variance or with too
     few subjects, an unknown arm, setting or loss term.
@@ -118,19 +117,14 @@ class _Study:
         fold = make_fold(data, self.splits, number, seed, self.settings, arm)
         if arm.kind == "ridge":
             rows = np.concatenate([fold.fit, fold.validation])
-            features = data.ridge_input(arm.input)
-            values = ridge_estimates(
-                features[rows],
-                data.targets[rows],
-                data.subjects[rows],
-                features[fold.test],
-                data.knees[rows],
-            )
-            sd = np.full_like(values, np.nan)
+            low, high = data.targets[rows].min(axis=0), data.targets[rows].max(axis=0)
+            features = data.ridge_input(arm.input)[fold.test]
+            weights = ridge_of(data, rows, arm.input).weights
+            values = apply_ridge(weights, features, low, high)
         else:
             network, record = self.network(arm, fold, seed)
-            values, sd = predict_with_sd(network, data, fold.test, record["scale"], self.settings)
-        return _prediction_rows(data.table.iloc[fold.test], arm.id, number, seed, values, sd)
+            values = predict_rows(network, data, fold.test, record["scale"], self.settings)
+        return _prediction_rows(data.table.iloc[fold.test], arm.id, number, seed, values)
 
     def network(self, arm: Arm, fold: Fold, seed: int) -> tuple[Network, dict]:
         """The arm's network and its record: read where it was trained before, else trained.
@@ -156,9 +150,8 @@ class _Study:
             cache = TeacherCache(teacher, data, fold, settings)
         trials, checkpoints = [], []
         for candidate, loss_weights in enumerate(arm.loss_weights):
-            twin = None if any(loss_weights.values()) else self._without_teacher(arm, fold)
-            if twin:  # weight 0 is the network of that arm
-                network, record = self.network(twin, fold, seed)
+            if arm.without_teacher and not any(loss_weights.values()) and data is self.data:
+                network, record = self.network(ARMS[arm.without_teacher], fold, seed)
                 trials.append((network, pd.DataFrame(record["curves"])))
             else:
                 checkpoint = Path(f"{stem}_{key[:16]}_{candidate}.checkpoint")
@@ -183,16 +176,6 @@ class _Study:
         save_model(stem, trials[best][0], key, record)
         for checkpoint in checkpoints:
             checkpoint.unlink()
-
-    def _without_teacher(self, arm: Arm, fold: Fold) -> Arm | None:
-        """The arm that is a distilled arm without its teacher, where both learn from the same."""
-        if not arm.distilled or len(fold.unlabelled):
-            return None
-        for other in map(ARMS.get, TRAINED):
-            alike = (other.input, other.baseline) == (arm.input, arm.baseline)
-            if other.kind == "student" and not other.distilled and alike:
-                return other
-        return None
 
 
 def _check(patches: Patches, splits: pd.DataFrame, arms: Sequence[Arm]) -> None:
@@ -240,39 +223,29 @@ def predict_ct_only(
     students = [arm for arm in arms if ARMS[arm].kind == "student"]
     if table.empty or not students:
         nothing = np.zeros((0, len(BIOMARKERS)))
-        return _prediction_rows(table[:0], "", 0, 0, nothing, nothing)
+        return _prediction_rows(table[:0], "", 0, 0, nothing)
     data, parts = prepare(replace(patches, table=table)), []
     folds = splits.set_index("subject_id")["fold"].loc[table["subject_id"]].to_numpy()
     jobs = [(arm, k, seed) for arm in students for k in np.unique(folds) for seed in seeds]
     for arm, number, seed in jobs:
         network, record = load_model(Path(folder) / f"{arm}_fold{number}_seed{seed}")
         rows, settings = np.flatnonzero(folds == number), Settings(**record["settings"])
-        values, sd = predict_with_sd(network, data, rows, record["scale"], settings)
-        parts.append(_prediction_rows(table.iloc[rows], arm, number, seed, values, sd))
+        values = predict_rows(network, data, rows, record["scale"], settings)
+        parts.append(_prediction_rows(table.iloc[rows], arm, number, seed, values))
     return pd.concat(parts, ignore_index=True)
 
 
 def _prediction_rows(
-    table: pd.DataFrame, arm: str, fold: int, seed: int, values: ndarray, sd: ndarray
+    table: pd.DataFrame, arm: str, fold: int, seed: int, values: ndarray
 ) -> pd.DataFrame:
     patches = table[["knee_id", "subject_id", "patch_id"]].reset_index(drop=True)
     heads = pd.DataFrame({"arm": arm, "fold": fold, "seed": seed}, index=patches.index)
-    estimates = pd.DataFrame(values, columns=list(BIOMARKERS))
-    sds = pd.DataFrame(sd, columns=[f"{name}_sd" for name in BIOMARKERS])
-    return pd.concat([heads, patches, estimates, sds], axis=1)
+    return pd.concat([heads, patches, pd.DataFrame(values, columns=list(BIOMARKERS))], axis=1)
 
 
 def mean_over_seeds(predictions: pd.DataFrame) -> pd.DataFrame:
-    """One row per arm and patch: the mean over the seeds.
-
-    <biomarker>_sd combines the predicted variance with the variance between seeds.
-    """
-    columns = list(BIOMARKERS)
-    groups = predictions.groupby(KEYS, sort=False)
-    variances = predictions.assign(**{b: predictions[f"{b}_sd"] ** 2 for b in columns})
-    within = variances.groupby(KEYS, sort=False)[columns].mean()
-    sd = np.sqrt(within + groups[columns].var(ddof=0)).add_suffix("_sd")
-    return pd.concat([groups[columns].mean(), sd], axis=1).reset_index()
+    """One row per arm and patch: the mean over the seeds."""
+    return predictions.groupby(KEYS, sort=False)[list(BIOMARKERS)].mean().reset_index()
 
 
 def with_reference(predictions: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ctsma.arms import ARMS, Arm
 from ctsma.common import BIOMARKERS, InputError
-from ctsma.models import N_CALIBRATED, apply_ridge, fit_ridge, ridge_features, to_ct_grid
+from ctsma.models import N_CALIBRATED, RidgeFit, apply_ridge, fit_ridge, ridge_features, to_ct_grid
 from ctsma.patches import Patches, mean_cortical_hu
 
 from .settings import Settings
@@ -143,8 +143,7 @@ def fit_normalisation(data: TrainingData, fit: ndarray, arm: Arm) -> Scale:
     ct, mr = data.ct[fit], data.mr[fit].astype(np.float32)
     ridge, rho = None, np.zeros(len(BIOMARKERS))  # a teacher's errors are small in every knee
     if arm.kind == "student":
-        features = data.ridge_input(ARMS[arm.baseline].input if arm.baseline else arm.input)[fit]
-        found = fit_ridge(features, data.targets[fit], data.subjects[fit], data.knees[fit])
+        found = ridge_of(data, fit, ARMS[arm.baseline].input if arm.baseline else arm.input)
         # The errors of a network that corrects the ridge are known from it. One that does not must
         # learn the level of a knee too, and takes the rho with which the ridge predicts best.
         rho = found.error_correlation if arm.baseline else found.rho
@@ -173,6 +172,12 @@ def knee_batches(data: TrainingData, rows: ndarray, settings: Settings, rng: Gen
     n_batches = min(len(parts), max(1, round(len(rows) / settings.batch_size)))
     groups = np.array_split(rng.permutation(len(parts)), n_batches)
     return [np.concatenate([parts[i] for i in group]) for group in groups]
+
+
+def ridge_of(data: TrainingData, rows: ndarray, arm_input: str) -> RidgeFit:
+    """The ridge of some rows on the features of an input."""
+    features = data.ridge_input(arm_input)[rows]
+    return fit_ridge(features, data.targets[rows], data.subjects[rows], data.knees[rows])
 
 
 class Batch(NamedTuple):

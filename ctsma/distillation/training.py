@@ -87,7 +87,7 @@ def with_teacher_labels(
     if not len(fold.unlabelled):
         return data, fold
     targets = data.targets.copy()
-    targets[fold.unlabelled], _ = predict_with_sd(teacher, data, fold.unlabelled, scale, settings)
+    targets[fold.unlabelled] = predict_rows(teacher, data, fold.unlabelled, scale, settings)
     data = replace(data, targets=targets)
     fit = np.concatenate([fold.fit, fold.unlabelled])
     return data, replace(fold, fit=fit, scale=fit_normalisation(data, fit, arm))
@@ -105,8 +105,7 @@ def train(
 ) -> tuple[Network, pd.DataFrame]:
     """Train one network with AdamW and one cycle of the learning rate.
 
-    The loss is the MSE of the scaled biomarkers, the distillation terms, and the negative
-    log-likelihood of the errors under the predicted variance.
+    The loss is `knee_level_mse` of the scaled biomarkers and the distillation terms.
 
     Parameters
     ----------
@@ -167,8 +166,7 @@ def train(
                     outputs = Outputs(prediction, cam, maps)
                     compared = DistillationBatch(outputs, target_outputs, region)
                     distillation = distillation_loss(compared, loss_weights)
-                nll = gaussian_nll(network, maps[-1], region, error, labelled)
-            loss = supervised + distillation + nll
+            loss = supervised + distillation
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -186,47 +184,24 @@ def train(
     return network.eval(), pd.DataFrame(curves, columns=CURVES)
 
 
-def gaussian_nll(
-    network: Network, last_map: Tensor, region: Tensor, error: Tensor, labelled: Tensor
-) -> Tensor:
-    """Negative log-likelihood of the errors of the labelled patches under the predicted variance.
-
-    error (n, 4) of the n patches that `labelled` (B,) marks. Its gradient reaches the log-variance
-    head alone; zero where the network has none.
-    """
-    if network.log_variance is None:
-        return error.new_zeros(())
-    log_variance = network.predicted_log_variance(last_map.detach(), region)[labelled]
-    terms = 0.5 * (error.detach().square() * torch.exp(-log_variance) + log_variance)
-    return terms.sum() / max(1, terms.numel())
-
-
 def predict(network: Network, record: Mapping, data: TrainingData, rows: ndarray) -> ndarray:
     """Biomarkers (n, 4) in their own units by a network with its record, as of `load_model`."""
     settings = Settings(**record["settings"])
-    return predict_with_sd(network, data, rows, record["scale"], settings)[0]
+    return predict_rows(network, data, rows, record["scale"], settings)
 
 
-def predict_with_sd(
+def predict_rows(
     network: Network, data: TrainingData, rows: ndarray, scale: Scale, settings: Settings
-) -> tuple[ndarray, ndarray]:
-    """Biomarkers (n, 4) in their own units, within the range of training, and their predicted SD.
-
-    The SD is NaN where the network has no log-variance head.
-    """
-    values, sds = [], []
+) -> ndarray:
+    """Biomarkers (n, 4) in their own units, within the range of training."""
+    values = []
     for portion in _portions(rows):
         with torch.no_grad(), autocast(settings):
-            x = make_input(data, portion, scale, settings.device)
-            prediction, maps = network(x)
+            prediction, _ = network(make_input(data, portion, scale, settings.device))
             prediction = prediction + ridge_prediction(data, portion, scale, settings.device)
-            sd = torch.full_like(prediction, torch.nan)
-            if network.log_variance is not None:
-                sd = torch.exp(0.5 * network.predicted_log_variance(maps[-1], x[:, 1:2]))
         values.append(prediction.double().cpu().numpy())
-        sds.append(sd.double().cpu().numpy())
     low, width = np.array(scale["low"]), np.subtract(scale["high"], scale["low"])
-    return low + np.concatenate(values).clip(0, 1) * width, np.concatenate(sds) * width
+    return low + np.concatenate(values).clip(0, 1) * width
 
 
 def _portions(rows: ndarray) -> list[ndarray]:
@@ -234,7 +209,7 @@ def _portions(rows: ndarray) -> list[ndarray]:
 
 
 def _validation_mse(network: Network, data: TrainingData, fold: Fold, settings: Settings) -> float:
-    predicted, _ = predict_with_sd(network, data, fold.validation, fold.scale, settings)
+    predicted = predict_rows(network, data, fold.validation, fold.scale, settings)
     width = np.subtract(fold.scale["high"], fold.scale["low"])
     return float((((predicted - data.targets[fold.validation]) / width) ** 2).mean())
 

@@ -14,7 +14,7 @@ from ctsma.common import BONES, InputError
 from ctsma.files import atomic, write_json
 
 from .masks import bone_masks, isotropic, label_masks
-from .quality import failure_reason, stage_errors_mm, target_registration_error_mm
+from .quality import failure_reason, target_registration_error_mm
 from .stages import Registration, register_knee
 from .transforms import Rigid, apply_rigid, rigid_transform, transform_points
 

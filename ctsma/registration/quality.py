@@ -22,27 +22,6 @@ def target_registration_error_mm(
     return np.linalg.norm(difference, axis=1)
 
 
-def stage_errors_mm(stages: dict, true: dict, points_lps: dict) -> dict:
-    """Target registration errors of all stages.
-
-    Parameters
-    ----------
-    stages : {stage: {bone: transform}} as of `read_stages`. true : {bone: transform}.
-    points_lps : {bone: (n, 3) CT points in LPS mm}.
-
-    Returns
-    -------
-    {stage: {bone: (n,) errors in mm}}.
-    """
-    errors = {}
-    for stage, transforms in stages.items():
-        errors[stage] = {
-            bone: target_registration_error_mm(transform, true[bone], points_lps[bone])
-            for bone, transform in transforms.items()
-        }
-    return errors
-
-
 def flexion_deg(femur: Rigid, tibia: Rigid) -> float:
     """Angle of the rotation between two bones' transforms: change of flexion from CT to MR."""
     femur_matrix, tibia_matrix = (np.reshape(t.GetMatrix(), (3, 3)) for t in (femur, tibia))
