@@ -549,6 +549,18 @@ def test_splits_keep_subjects_whole_and_classes_balanced():
     assert share.between(0.25, 0.75).all()  # 4 or 5 subjects a fold, 2 or 3 of them with OA
 
 
+def test_every_fold_gets_its_share_of_the_knees_with_a_reference(tmp_path):
+    rows = [row(f"K{i}", f"S{i}", oa=i % 2, mr="mr.nii.gz") for i in range(20)]
+    frame = cohort.read_manifest(manifest(tmp_path, *rows))
+    few = frame.assign(has_reference=[1.0] * 8 + [0.0] * 12)
+    folds = cohort.make_splits(few, 4, seed=0).set_index("subject_id")["fold"]
+    assert folds.loc[few["subject_id"][:8]].value_counts().eq(2).all()
+    same = cohort.make_splits(frame.assign(has_reference=np.nan), 4, seed=0)
+    pd.testing.assert_frame_equal(same, cohort.make_splits(frame, 4, seed=0))
+    with pytest.raises(InputError, match="leaves 1 subjects with CT, MR and a reference"):
+        cohort.stored_splits(frame.assign(has_reference=[1.0, 1.0] + [0.0] * 18), 2, seed=0)
+
+
 def test_splits_depend_on_the_seed_alone():
     frame = subjects()
     same = cohort.make_splits(frame.sample(frac=1, random_state=1), 4, seed=9)
@@ -580,7 +592,7 @@ def test_wrong_splits_are_refused(tmp_path):
 def test_folds_without_enough_training_subjects_are_refused_at_once(tmp_path):
     rows = [row(f"K{i}", f"S{i}", oa=i % 2, mr="mr.nii.gz") for i in range(5)]
     frame = cohort.read_manifest(manifest(tmp_path, *rows))
-    with pytest.raises(InputError, match="leaves 2 subjects with CT and MR to train on"):
+    with pytest.raises(InputError, match="leaves 2 subjects with CT, MR and a reference"):
         cohort.stored_splits(frame, 2, seed=0)
     assert not cohort.splits_path(tmp_path / "cohort.csv").exists()
     assert cohort.stored_splits(frame, 5, seed=0)["fold"].nunique() == 5

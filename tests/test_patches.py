@@ -8,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 
 from ctsma import patches
-from ctsma.common import BONES, COMPARTMENTS, InputError
+from ctsma.common import BIOMARKERS, BONES, COMPARTMENTS, InputError
 
 
 def ramp(
@@ -305,3 +305,10 @@ def test_a_patch_that_leaves_the_ct_is_flagged_also_where_the_mr_goes_on(tmp_pat
     outside = (table["y"] + 5.25 > 0).to_numpy()  # the CT ends at y = 0
     assert (table["flag"] == np.where(outside, patches.OUTSIDE_CT, "")).all(), table["flag"]
     assert 0 < outside.sum() < len(table)
+
+    patches.cut_and_measure(
+        knee | {"has_reference": 0.0}, tmp_path, ct, masks, scans, 4, 0, "plate"
+    )
+    without = patches.read_table(tmp_path / "K1_table.csv")
+    assert without[list(BIOMARKERS)].isna().all(axis=None)  # its images are kept
+    pd.testing.assert_frame_equal(*(t.drop(columns=list(BIOMARKERS)) for t in (table, without)))

@@ -80,16 +80,18 @@ def check_splits(
 def stored_splits(manifest: pd.DataFrame, n_folds: int, seed: int) -> pd.DataFrame:
     """The folds stored beside the manifest; made and stored first where there are none.
 
-    Raises InputError as `read_splits`, and where a fold leaves fewer than 3 subjects with CT and MR
-    for training: one to validate, two to fit and choose the strength of the ridge.
+    Raises InputError as `read_splits`, and where a fold leaves fewer than 3 subjects with CT, MR
+    and a reference for training: one to validate, two to fit and choose the strength of the ridge.
     """
     path = splits_path(manifest.attrs["path"])
     stored = path.exists()
     splits = read_splits(path, manifest) if stored else make_splits(manifest, n_folds, seed)
-    paired = splits["subject_id"].isin(manifest.dropna(subset=["ct", "mr"])["subject_id"])
+    pairs = manifest.dropna(subset=["ct", "mr"]).reindex(columns=["subject_id", "has_reference"])
+    trains = pairs.loc[pairs["has_reference"] != 0, "subject_id"]
+    paired = splits["subject_id"].isin(trains)
     n_training = paired.sum() - paired.groupby(splits["fold"]).sum()
     if paired.any() and n_training.min() < MIN_TRAINING:
-        problem = f"leaves {n_training.min()} subjects with CT and MR to train on outside a fold"
+        problem = f"leaves {n_training.min()} subjects with CT, MR and a reference to train on"
         remedy = f"give at least {MIN_TRAINING} by more folds or subjects, and remove a stored file"
         raise InputError(path, problem, remedy)
     if not stored:
