@@ -1,0 +1,161 @@
+"""Tutorials: both versions agree, every solution is right, every wrong answer gets a hint."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbclient
+import nbformat
+import numpy as np
+import pytest
+
+from ctsma_lab.tutorials import check
+from ctsma_lab.tutorials.exercises import MODULES, exercises
+from ctsma_lab.tutorials.students import student_version, write_student_versions
+
+REPOSITORY = Path(__file__).parents[1]
+TUTORIALS = REPOSITORY / "notebooks" / "tutorials"
+DATA = REPOSITORY / "notebooks" / "data"
+SOURCES = sorted((TUTORIALS / "solutions").glob("T*.ipynb"))
+EVERY_SOURCE = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+MAX_DATA_BYTES = 8_000_000
+
+# At least one wrong answer to each exercise; the first ones are common mistakes.
+WRONG = {
+    "T1.1": [0.3, 0.2, "thick"],
+    "T1.2": [0.5, 1 / 3, 0.9, float("nan")],
+    "T1.3": [2.23, 0.327, 1.0],
+    "T1.4": [
+        lambda hu, marrow, bone: np.mean(hu > (marrow + bone) / 2),
+        lambda hu, marrow, bone: np.mean(hu / bone),
+        0.25,
+    ],
+    "T1.5": ["values", "both", "neither", "yes"],
+}
+
+
+def cells_of(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook.cells
+
+
+def is_solution(cell):
+    return "solution" in cell.metadata.get("tags", [])
+
+
+def numbers_checked(cells):
+    return [n for cell in cells for n in re.findall(r'^check\("(T\d\.\d)"', cell.source, re.M)]
+
+
+def test_every_module_has_its_notebook():
+    assert [path.stem[:2] for path in SOURCES] == list(MODULES)
+
+
+def test_students_notebooks_are_those_of_the_command(tmp_path):
+    (tmp_path / "solutions").mkdir()
+    for path in SOURCES:
+        (tmp_path / "solutions" / path.name).write_text(path.read_text())
+    for path in write_student_versions(tmp_path):
+        shipped = (TUTORIALS / path.name).read_text()
+        remedy = "run python -m ctsma_lab.tutorials"
+        assert path.read_text() == shipped, f"{path.name} differs from its source: {remedy}"
+    assert sorted(p.name for p in TUTORIALS.glob("T*.ipynb")) == [p.name for p in SOURCES]
+
+
+@EVERY_SOURCE
+def test_a_tutorial_has_its_parts(path):
+    cells = cells_of(path)
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert cells[0].source.startswith(f"# {path.stem[:2]} · ")
+    for part in ("**Time:**", "**Goals.**", "**Contents:**", "## Summary", "**Limitations.**"):
+        assert part in prose, part
+    assert "## Further reading" in prose
+    assert "simulated" in prose
+    for cell in cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs
+            assert cell.execution_count is None
+            assert max(len(line) for line in cell.source.splitlines()) <= 100
+    for target in re.findall(r"\]\(#([^)]+)\)", prose):
+        assert re.search(rf"^#+ {re.escape(target.replace('-', ' '))}$", prose, re.M), target
+
+
+@EVERY_SOURCE
+def test_links_resolve_in_both_versions(path):
+    for place in (path, TUTORIALS / path.name):
+        for cell in cells_of(place):
+            for target in re.findall(r"\]\(([^)#\s]+)", cell.source):
+                if cell.cell_type == "markdown" and "://" not in target:
+                    assert (place.parent / target).exists(), f"{place}: {target}"
+
+
+@EVERY_SOURCE
+def test_every_exercise_has_a_place_for_the_answer_and_a_solution(path):
+    cells = cells_of(path)
+    expected = list(exercises(path.stem[:2]))
+    assert 3 <= len(expected) <= 5
+    assert numbers_checked(cell for cell in cells if is_solution(cell)) == expected
+    assert numbers_checked(cell for cell in cells if not is_solution(cell)) == expected
+    student = student_version(nbformat.read(path, as_version=4)).cells
+    assert not [cell for cell in student if is_solution(cell)]
+    assert sum("<summary>Solution</summary>" in cell.source for cell in student) == len(expected)
+
+
+@EVERY_SOURCE
+def test_a_students_notebook_runs_without_answers(path):
+    """Nothing but an exercise itself may read an answer."""
+    answers = set()
+    code = [cell for cell in cells_of(path) if cell.cell_type == "code"]
+    for cell in code:
+        if is_solution(cell):
+            answers |= _names(cell, ast.Store)
+    for cell in code:
+        if not is_solution(cell):
+            if numbers_checked([cell]):
+                continue
+            assert not _names(cell, ast.Load) & (answers - _names(cell, ast.Store)), cell.source
+
+
+def _names(cell, context):
+    nodes = ast.walk(ast.parse(cell.source))
+    return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, context)}
+
+
+@EVERY_SOURCE
+def test_the_notebook_runs_and_every_solution_is_right(path):
+    notebook = nbformat.read(path, as_version=4)
+    client = nbclient.NotebookClient(
+        notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}
+    )
+    client.execute()
+    verdicts = {}
+    for cell in notebook.cells:
+        for number in numbers_checked([cell]):
+            text = cell.outputs[-1].data["text/plain"]
+            if is_solution(cell):
+                verdicts[number] = text
+            else:
+                assert text.startswith(f"{number}: not yet. "), text
+    assert list(verdicts) == list(exercises(path.stem[:2]))
+    assert not {n: text for n, text in verdicts.items() if not text.startswith(f"{n}: right.")}
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            assert output.get("name") != "stderr", output.text
+
+
+@pytest.mark.parametrize("tutorial", MODULES)
+def test_wrong_answers_get_a_hint(tutorial):
+    for number, exercise in exercises(tutorial).items():
+        for answer in (..., *WRONG[number]):
+            verdict = check(number, answer)
+            assert not verdict.right, (number, answer)
+            assert verdict.text not in ("", exercise.comment)
+
+
+def test_answers_of_wrong_exercises_are_an_error():
+    assert set(WRONG) == {number for tutorial in MODULES for number in exercises(tutorial)}
+    with pytest.raises(KeyError):
+        check("T1.9", 0)
+    assert "✘" in check("T1.1", 0)._repr_markdown_()
+    assert "✔" in check("T1.1", 1 / 3)._repr_markdown_()
