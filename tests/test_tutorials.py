@@ -31,6 +31,11 @@ WRONG = {
         0.25,
     ],
     "T1.5": ["values", "both", "neither", "yes"],
+    "T2.1": [80.0, 0.0, 2.8],
+    "T2.2": [[0, 0, 0, 0, 0, 0], [10, 0, 0, 10, 0, 0], [-5, 0, 4, 2, -2, 0], [0, 0, 0], 1.0],
+    "T2.3": [1.1, 4.2, 0.0],
+    "T2.4": [8.58, 3.32, 0.02],
+    "T2.5": [{"A"}, {"B", "D"}, {"A", "B", "C"}, set(), {"E"}],
     "T4.1": [1.0, 0.5, 0.8],
     "T4.2": [
         lambda x, y: np.corrcoef(x, y)[0, 1],
@@ -166,6 +171,13 @@ def test_wrong_answers_get_a_hint(tutorial):
             verdict = check(number, answer)
             assert not verdict.right, (number, answer)
             assert verdict.text not in ("", exercise.comment)
+
+
+def test_the_data_stay_small_and_are_described():
+    files = [path for path in DATA.iterdir() if path.name != "README.md"]
+    assert sum(path.stat().st_size for path in files) < MAX_DATA_BYTES
+    text = (DATA / "README.md").read_text()
+    assert not [path.name for path in files if f"`{path.name}`" not in text]
 
 
 def test_answers_of_wrong_exercises_are_an_error():

@@ -1,9 +1,11 @@
 """The small data of the tutorials, made by `make_data` from a finished simulated run."""
 
+import json
 from functools import cache
 from pathlib import Path
 
 import pandas as pd
+import SimpleITK as sitk
 
 from ctsma.files import SHARE
 
@@ -26,3 +28,14 @@ def read_patches(folder: Path = DATA) -> pd.DataFrame:
 def read_knees(folder: Path = DATA) -> pd.DataFrame:
     """One row per knee: knee_id, subject_id, fold, oa (0 or 1), age, sex, bmi."""
     return pd.read_csv(folder / "knees.csv", dtype=IDENTIFIERS)
+
+
+@cache
+def read_knee(folder: Path = DATA) -> tuple[sitk.Image, sitk.Image, sitk.Image, dict]:
+    """CT (HU), MR, bone labels, and the facts of knee.json (transforms, targets)."""
+    facts = json.loads((folder / "knee.json").read_text(encoding="utf-8"))
+    ct, mr = (
+        sitk.ReadImage(str(folder / f"knee_{name}.nii.gz"), sitk.sitkFloat32)
+        for name in ("ct", "mr")
+    )
+    return ct, mr, sitk.ReadImage(str(folder / "knee_labels.nii.gz")), facts
