@@ -51,6 +51,15 @@ WRONG = {
         np.zeros(80),
     ],
     "T4.5": [1280, 80, 8.5, 160],
+    "T5.1": [
+        lambda labels, scores: np.mean(scores[labels == 1][:, None] > scores[labels == 0]),
+        lambda labels, scores: np.mean(scores[labels == 1]),
+        lambda labels, scores: np.nan,
+    ],
+    "T5.2": [0.8, 0.973, 0.26],
+    "T5.3": [0.375, 0.016, -0.0275, 0.0],
+    "T5.4": [{"A"}, {"B", "C"}, {"A", "B", "D"}, set(), {"Z"}],
+    "T5.5": [151, 76, 80, 1000],
 }
 
 

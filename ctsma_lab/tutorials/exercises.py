@@ -10,7 +10,12 @@ from importlib import import_module
 
 import numpy as np
 
-MODULES = {"T1": "t1_resolution", "T2": "t2_registration", "T4": "t4_agreement"}
+MODULES = {
+    "T1": "t1_resolution",
+    "T2": "t2_registration",
+    "T4": "t4_agreement",
+    "T5": "t5_diagnosis",
+}
 
 
 @dataclass(frozen=True)
