@@ -119,6 +119,17 @@ def test_links_resolve_in_both_versions(path):
                     assert (place.parent / target).exists(), f"{place}: {target}"
 
 
+@pytest.mark.parametrize("folder", [TUTORIALS, DATA], ids=lambda folder: folder.name)
+def test_links_of_the_folders_pages_resolve(folder):
+    for target in re.findall(r"\]\(([^)#\s]+)", (folder / "README.md").read_text()):
+        assert (folder / target).exists(), target
+
+
+def test_teachers_find_every_exercise():
+    text = (REPOSITORY / "docs" / "teaching.md").read_text()
+    assert not [number for number in WRONG if f"| {number} |" not in text]
+
+
 @EVERY_SOURCE
 def test_every_exercise_has_a_place_for_the_answer_and_a_solution(path):
     cells = cells_of(path)
