@@ -1,15 +1,19 @@
 """Tutorials: both versions agree, every solution is right, every wrong answer gets a hint."""
 
 import ast
+import io
 import re
+from importlib import import_module
 from pathlib import Path
 
+import ipywidgets
+import matplotlib.pyplot as plt
 import nbclient
 import nbformat
 import numpy as np
 import pytest
 
-from ctsma_lab.tutorials import check, t4_agreement
+from ctsma_lab.tutorials import check, sliders, t4_agreement
 from ctsma_lab.tutorials.exercises import MODULES, exercises
 from ctsma_lab.tutorials.students import student_version, write_student_versions
 
@@ -182,6 +186,47 @@ def test_the_notebook_runs_and_every_solution_is_right(path):
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             assert output.get("name") != "stderr", output.text
+
+
+def ends(control):
+    """First, last and preset value of a control."""
+    if isinstance(control, ipywidgets.Dropdown):
+        return [control.options[0], control.options[-1], control.value]
+    return [control.min, control.max, control.value]
+
+
+@pytest.mark.parametrize("tutorial", MODULES)
+def test_figures_follow_their_sliders_from_end_to_end(tutorial, monkeypatch):
+    module = import_module(f"ctsma_lab.tutorials.{MODULES[tutorial]}")
+    panels = []
+    monkeypatch.setattr(module, "explore", lambda draw, **controls: panels.append((draw, controls)))
+    for name in dir(module):
+        if name.startswith("explore_"):
+            getattr(module, name)()
+    assert panels
+    for draw, controls in panels:
+        for number in range(3):
+            figure = draw(**{name: ends(control)[number] for name, control in controls.items()})
+            figure.savefig(io.BytesIO())
+            plt.close(figure)
+
+
+def test_a_panel_draws_again_when_a_slider_moves(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sliders, "display", shown.append)
+    sliders.explore(
+        t4_agreement.draw_pairs,
+        bias=sliders.slider("bias", -1, 1, 0.1, 0),
+        scale=sliders.slider("scale", 0.1, 2, 0.1, 1),
+        noise=sliders.slider("noise", 0, 2, 0.1, 0.3),
+    )
+    *controls, picture = shown[0].children
+    before = bytes(picture.value)
+    controls[0].value = 1.0
+    after = bytes(picture.value)
+    assert before[:4] == after[:4] == b"\x89PNG"
+    assert after != before
+    assert not plt.get_fignums()
 
 
 @pytest.mark.parametrize("tutorial", MODULES)

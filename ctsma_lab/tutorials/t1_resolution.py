@@ -160,14 +160,15 @@ def draw_resolution(voxel_mm: float, blur_mm: float, threshold: float) -> Figure
         found = measure(mask, voxel_mm)
         ratios = [found[name] / true[name] for name in BIOMARKERS]
         axes[3].barh(range(4), ratios, color=figures.PALETTE[0])
-        for row, name in enumerate(BIOMARKERS):
-            axes[3].text(0.05, row, f"{found[name]:.2f}", color="white", va="center")
+        for row, (name, ratio) in enumerate(zip(BIOMARKERS, ratios, strict=True)):
+            axes[3].text(ratio, row, f" {found[name]:.2f}", va="center")
+        axes[3].set_xlim(0, max(2, 1.2 * max(ratios)))
     else:
         axes[3].text(0.5, 0.5, "one phase only", transform=axes[3].transAxes, ha="center")
     axes[3].axvline(1, color="black", linewidth=0.9, linestyle="--")
     axes[3].set_yticks(range(4), [LABELS[name] for name in BIOMARKERS])
     axes[3].invert_yaxis()
-    axes[3].set(xlabel="measured / true (dashed: 1)", xlim=(0, 4), title="biomarkers of the mask")
+    axes[3].set(xlabel="measured / true (dashed: 1)", title="biomarkers of the mask")
     return figure
 
 
