@@ -189,10 +189,10 @@ def test_the_notebook_runs_and_every_solution_is_right(path):
 
 
 def ends(control):
-    """First, last and preset value of a control."""
+    """First and last value of a control."""
     if isinstance(control, ipywidgets.Dropdown):
-        return [control.options[0], control.options[-1], control.value]
-    return [control.min, control.max, control.value]
+        return control.options[0], control.options[-1]
+    return control.min, control.max
 
 
 @pytest.mark.parametrize("tutorial", MODULES)
@@ -205,7 +205,7 @@ def test_figures_follow_their_sliders_from_end_to_end(tutorial, monkeypatch):
             getattr(module, name)()
     assert panels
     for draw, controls in panels:
-        for number in range(3):
+        for number in (0, 1):
             figure = draw(**{name: ends(control)[number] for name, control in controls.items()})
             figure.savefig(io.BytesIO())
             plt.close(figure)
