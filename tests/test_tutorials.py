@@ -169,10 +169,9 @@ def _names(cell, context):
 @EVERY_SOURCE
 def test_the_notebook_runs_and_every_solution_is_right(path):
     notebook = nbformat.read(path, as_version=4)
-    client = nbclient.NotebookClient(
-        notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}
-    )
-    client.execute()
+    patience = {"timeout": 300, "startup_timeout": 300, "iopub_timeout": 60}  # a busy machine
+    folder = {"metadata": {"path": str(path.parent)}}
+    nbclient.NotebookClient(notebook, resources=folder, **patience).execute()
     verdicts = {}
     for cell in notebook.cells:
         for number in numbers_checked([cell]):
