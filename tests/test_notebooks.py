@@ -15,6 +15,7 @@ from ctsma.arms import COMPARISONS
 from ctsma.common import BIOMARKERS, BONES
 from ctsma_lab import runner
 from ctsma_lab.run import RESULTS
+from ctsma_lab.tutorials import data, make_data
 from kneesim import protocol_sha256
 
 ORIGIN = {"schema_version", "profile", "seed", "protocol_sha256", "manifest_sha256"}
@@ -180,3 +181,15 @@ def test_the_studys_model_reads_a_ct(tiny):
     done = ctsma("predict", given, *options, cwd=base)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (base / "out" / f"{knee[0]}-ct" / "report.html").exists()
+
+
+def test_the_data_of_the_tutorials_are_cut_from_any_run(tiny, tmp_path):
+    make_data.main([str(tiny), "--out", str(tmp_path)])
+    ct, mr, labels, facts = data.read_knee(tmp_path)
+    assert ct.GetSize() == labels.GetSize()
+    assert set(facts["stages"]) == {"centre", "whole_knee", "per_bone", "trabeculae"}
+    assert all(len(facts["targets"][bone]) > 20 for bone in BONES)
+    assert mr.GetSpacing() == ct.GetSpacing()
+    patches = data.read_patches(tmp_path)
+    assert patches["bv_tv_reference"].between(0, 1).all()
+    assert set(data.read_knees(tmp_path)["knee_id"]) >= set(patches["knee_id"])

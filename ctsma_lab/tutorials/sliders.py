@@ -1,0 +1,54 @@
+"""Figures that follow sliders."""
+
+import io
+from collections.abc import Callable
+
+import ipywidgets
+import matplotlib.pyplot as plt
+from IPython.display import display
+
+DPI = 90  # of the pictures on screen
+
+
+def slider(label: str, low: float, high: float, step: float, value: float) -> ipywidgets.Widget:
+    """A slider with its label and unit; the figure follows when it is released."""
+    return ipywidgets.FloatSlider(
+        value=value,
+        min=low,
+        max=high,
+        step=step,
+        description=label,
+        continuous_update=False,
+        style={"description_width": "13em"},
+        layout={"width": "32em"},
+    )
+
+
+def choice(label: str, options: list, value: object) -> ipywidgets.Widget:
+    """A list of options, of which one is chosen."""
+    style = {"description_width": "13em"}
+    layout = {"width": "32em"}
+    return ipywidgets.Dropdown(
+        options=options, value=value, description=label, style=style, layout=layout
+    )
+
+
+def explore(draw: Callable, **controls: ipywidgets.Widget) -> None:
+    """Show the controls above the figure that `draw` makes from their values.
+
+    `draw` takes one keyword argument for each control and returns a matplotlib figure. The figure
+    is shown as an image widget: an output widget can stall a notebook that runs without a browser.
+    """
+    picture = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
+
+    def update(_change: object = None) -> None:
+        figure = draw(**{name: control.value for name, control in controls.items()})
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=DPI)
+        plt.close(figure)
+        picture.value = stream.getvalue()
+
+    for control in controls.values():
+        control.observe(update, "value")
+    update()
+    display(ipywidgets.VBox([*controls.values(), picture]))

@@ -1,0 +1,252 @@
+"""Tutorials: both versions agree, every solution is right, every wrong answer gets a hint."""
+
+import ast
+import io
+import re
+from importlib import import_module
+from pathlib import Path
+
+import ipywidgets
+import matplotlib.pyplot as plt
+import nbclient
+import nbformat
+import numpy as np
+import pytest
+
+from ctsma_lab.tutorials import check, sliders, t4_agreement
+from ctsma_lab.tutorials.exercises import MODULES, exercises
+from ctsma_lab.tutorials.students import student_version, write_student_versions
+
+REPOSITORY = Path(__file__).parents[1]
+TUTORIALS = REPOSITORY / "notebooks" / "tutorials"
+DATA = REPOSITORY / "notebooks" / "data"
+SOURCES = sorted((TUTORIALS / "solutions").glob("T*.ipynb"))
+EVERY_SOURCE = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+MAX_DATA_BYTES = 8_000_000
+
+# At least one wrong answer to each exercise; the first ones are common mistakes.
+WRONG = {
+    "T1.1": [0.3, 0.2, "thick"],
+    "T1.2": [0.5, 1 / 3, 0.9, float("nan")],
+    "T1.3": [2.23, 0.327, 1.0],
+    "T1.4": [
+        lambda hu, marrow, bone: np.mean(hu > (marrow + bone) / 2),
+        lambda hu, marrow, bone: np.mean(hu / bone),
+        0.25,
+    ],
+    "T1.5": ["values", "both", "neither", "yes"],
+    "T2.1": [80.0, 0.0, 2.8],
+    "T2.2": [[0, 0, 0, 0, 0, 0], [10, 0, 0, 10, 0, 0], [-5, 0, 4, 2, -2, 0], [0, 0, 0], 1.0],
+    "T2.3": [1.1, 4.2, 0.0],
+    "T2.4": [8.58, 3.32, 0.02],
+    "T2.5": [{"A"}, {"B", "D"}, {"A", "B", "C"}, set(), {"E"}],
+    "T4.1": [1.0, 0.5, 0.8],
+    "T4.2": [
+        lambda x, y: np.corrcoef(x, y)[0, 1],
+        lambda x, y: 2 * np.cov(x, y)[0, 1] / (np.var(x, ddof=1) + np.var(y, ddof=1)),
+        lambda x, y: 2 * np.cov(x, y)[0, 1] / (np.var(x) + np.var(y) + np.mean(x - y) ** 2),
+        lambda x, y: np.nan,
+    ],
+    "T4.3": [1.37, 0.137, 3.92],
+    "T4.4": [
+        t4_agreement.patches("ct_sma", "tb_n_per_mm")["estimate"],
+        t4_agreement.patches("ct_sma", "tb_n_per_mm")["reference"],
+        np.arange(1269),
+        np.zeros(80),
+    ],
+    "T4.5": [1280, 80, 8.5, 160],
+    "T5.1": [
+        lambda labels, scores: np.mean(scores[labels == 1][:, None] > scores[labels == 0]),
+        lambda labels, scores: np.mean(scores[labels == 1]),
+        lambda labels, scores: np.nan,
+    ],
+    "T5.2": [0.8, 0.973, 0.26],
+    "T5.3": [0.375, 0.016, -0.0275, 0.0],
+    "T5.4": [{"A"}, {"B", "C"}, {"A", "B", "D"}, set(), {"Z"}],
+    "T5.5": [151, 76, 80, 1000],
+}
+
+
+def cells_of(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook.cells
+
+
+def is_solution(cell):
+    return "solution" in cell.metadata.get("tags", [])
+
+
+def numbers_checked(cells):
+    return [n for cell in cells for n in re.findall(r'^check\("(T\d\.\d)"', cell.source, re.M)]
+
+
+def test_every_module_has_its_notebook():
+    assert [path.stem[:2] for path in SOURCES] == list(MODULES)
+
+
+def test_students_notebooks_are_those_of_the_command(tmp_path):
+    (tmp_path / "solutions").mkdir()
+    for path in SOURCES:
+        (tmp_path / "solutions" / path.name).write_text(path.read_text())
+    for path in write_student_versions(tmp_path):
+        shipped = (TUTORIALS / path.name).read_text()
+        remedy = "run python -m ctsma_lab.tutorials"
+        assert path.read_text() == shipped, f"{path.name} differs from its source: {remedy}"
+    assert sorted(p.name for p in TUTORIALS.glob("T*.ipynb")) == [p.name for p in SOURCES]
+
+
+@EVERY_SOURCE
+def test_a_tutorial_has_its_parts(path):
+    cells = cells_of(path)
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert cells[0].source.startswith(f"# {path.stem[:2]} · ")
+    for part in ("**Time:**", "**Goals.**", "**Contents:**", "## Summary", "**Limitations.**"):
+        assert part in prose, part
+    assert "## Further reading" in prose
+    assert "simulated" in prose
+    for cell in cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs
+            assert cell.execution_count is None
+            assert max(len(line) for line in cell.source.splitlines()) <= 100
+    anchors = {heading.replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", prose, re.M)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", prose)) <= anchors
+
+
+@EVERY_SOURCE
+def test_links_resolve_in_both_versions(path):
+    for place in (path, TUTORIALS / path.name):
+        for cell in cells_of(place):
+            for target in re.findall(r"\]\(([^)#\s]+)", cell.source):
+                if cell.cell_type == "markdown" and "://" not in target:
+                    assert (place.parent / target).exists(), f"{place}: {target}"
+
+
+@pytest.mark.parametrize("folder", [TUTORIALS, DATA], ids=lambda folder: folder.name)
+def test_links_of_the_folders_pages_resolve(folder):
+    for target in re.findall(r"\]\(([^)#\s]+)", (folder / "README.md").read_text()):
+        assert (folder / target).exists(), target
+
+
+def test_teachers_find_every_exercise():
+    text = (REPOSITORY / "docs" / "teaching.md").read_text()
+    assert not [number for number in WRONG if f"| {number} |" not in text]
+
+
+@EVERY_SOURCE
+def test_every_exercise_has_a_place_for_the_answer_and_a_solution(path):
+    cells = cells_of(path)
+    expected = list(exercises(path.stem[:2]))
+    assert 3 <= len(expected) <= 5
+    assert numbers_checked(cell for cell in cells if is_solution(cell)) == expected
+    assert numbers_checked(cell for cell in cells if not is_solution(cell)) == expected
+    student = student_version(nbformat.read(path, as_version=4)).cells
+    assert not [cell for cell in student if is_solution(cell)]
+    assert sum("<summary>Solution</summary>" in cell.source for cell in student) == len(expected)
+
+
+@EVERY_SOURCE
+def test_a_students_notebook_runs_without_answers(path):
+    """Nothing but an exercise itself may read an answer."""
+    answers = set()
+    code = [cell for cell in cells_of(path) if cell.cell_type == "code"]
+    for cell in code:
+        if is_solution(cell):
+            answers |= _names(cell, ast.Store)
+    for cell in code:
+        if not is_solution(cell):
+            if numbers_checked([cell]):
+                continue
+            assert not _names(cell, ast.Load) & (answers - _names(cell, ast.Store)), cell.source
+
+
+def _names(cell, context):
+    nodes = ast.walk(ast.parse(cell.source))
+    return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, context)}
+
+
+@EVERY_SOURCE
+def test_the_notebook_runs_and_every_solution_is_right(path):
+    notebook = nbformat.read(path, as_version=4)
+    patience = {"timeout": 300, "startup_timeout": 300, "iopub_timeout": 60}  # a busy machine
+    folder = {"metadata": {"path": str(path.parent)}}
+    nbclient.NotebookClient(notebook, resources=folder, **patience).execute()
+    verdicts = {}
+    for cell in notebook.cells:
+        for number in numbers_checked([cell]):
+            text = cell.outputs[-1].data["text/plain"]
+            if is_solution(cell):
+                verdicts[number] = text
+            else:
+                assert text.startswith(f"{number}: not yet. "), text
+    assert list(verdicts) == list(exercises(path.stem[:2]))
+    assert not {n: text for n, text in verdicts.items() if not text.startswith(f"{n}: right.")}
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            assert output.get("name") != "stderr", output.text
+
+
+def ends(control):
+    """First and last value of a control."""
+    if isinstance(control, ipywidgets.Dropdown):
+        return control.options[0], control.options[-1]
+    return control.min, control.max
+
+
+@pytest.mark.parametrize("tutorial", MODULES)
+def test_figures_follow_their_sliders_from_end_to_end(tutorial, monkeypatch):
+    module = import_module(f"ctsma_lab.tutorials.{MODULES[tutorial]}")
+    panels = []
+    monkeypatch.setattr(module, "explore", lambda draw, **controls: panels.append((draw, controls)))
+    for name in dir(module):
+        if name.startswith("explore_"):
+            getattr(module, name)()
+    assert panels
+    for draw, controls in panels:
+        for number in (0, 1):
+            figure = draw(**{name: ends(control)[number] for name, control in controls.items()})
+            figure.savefig(io.BytesIO())
+            plt.close(figure)
+
+
+def test_a_panel_draws_again_when_a_slider_moves(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sliders, "display", shown.append)
+    sliders.explore(
+        t4_agreement.draw_pairs,
+        bias=sliders.slider("bias", -1, 1, 0.1, 0),
+        scale=sliders.slider("scale", 0.1, 2, 0.1, 1),
+        noise=sliders.slider("noise", 0, 2, 0.1, 0.3),
+    )
+    *controls, picture = shown[0].children
+    before = bytes(picture.value)
+    controls[0].value = 1.0
+    after = bytes(picture.value)
+    assert before[:4] == after[:4] == b"\x89PNG"
+    assert after != before
+    assert not plt.get_fignums()
+
+
+@pytest.mark.parametrize("tutorial", MODULES)
+def test_wrong_answers_get_a_hint(tutorial):
+    for number, exercise in exercises(tutorial).items():
+        for answer in (..., *WRONG[number]):
+            verdict = check(number, answer)
+            assert not verdict.right, (number, answer)
+            assert verdict.text not in ("", exercise.comment)
+
+
+def test_the_data_stay_small_and_are_described():
+    files = [path for path in DATA.iterdir() if path.name != "README.md"]
+    assert sum(path.stat().st_size for path in files) < MAX_DATA_BYTES
+    text = (DATA / "README.md").read_text()
+    assert not [path.name for path in files if f"`{path.name}`" not in text]
+
+
+def test_answers_of_wrong_exercises_are_an_error():
+    assert set(WRONG) == {number for tutorial in MODULES for number in exercises(tutorial)}
+    with pytest.raises(KeyError):
+        check("T1.9", 0)
+    assert "✘" in check("T1.1", 0)._repr_markdown_()
+    assert "✔" in check("T1.1", 1 / 3)._repr_markdown_()
