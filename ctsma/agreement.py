@@ -155,9 +155,8 @@ def paired_differences(predictions, comparisons, rng, n_resamples=2000) -> pd.Da
             reference, estimate = _reference_and_estimate(a, "reference")
             other_estimate = by_arm[other].loc[a.index, list(BIOMARKERS)].to_numpy()
             knees = a.index.get_level_values("knee_id")
-            table = bootstrap_differences(
-                reference, estimate, other_estimate, a["subject_id"], knees, rng, n_resamples
-            )
+            pairs = reference, estimate, other_estimate
+            table = bootstrap_differences(*pairs, a["subject_id"], knees, rng, n_resamples)
             tables.append(table.assign(arm=arm, against=other)[DIFFERENCE_COLUMNS])
     return pd.concat(tables[1:] or tables, ignore_index=True)
 
@@ -172,10 +171,9 @@ def _statistics(x, y, subjects, knees, rng, n_resamples) -> dict[str, ndarray]:
     within = _resampled_moments(x - mean_x, y - mean_y, subjects, rng, n_resamples)
     knee_values = mean_x[one_per_knee], mean_y[one_per_knee], subjects[one_per_knee]
     between = _resampled_moments(*knee_values, rng, n_resamples)
-    values = _icc(whole), _correlation(whole), _relative_error(whole)
-    return dict(
-        zip(STATISTICS, (*values, _correlation(within), _correlation(between)), strict=True)
-    )
+    values = [_icc(whole), _correlation(whole), _relative_error(whole)]
+    values += [_correlation(within), _correlation(between)]
+    return dict(zip(STATISTICS, values, strict=True))
 
 
 def bland_altman(

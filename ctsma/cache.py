@@ -165,9 +165,8 @@ def map_knees(
     waiting = [row for row in rows if row["knee_id"] not in done]
     n_reused, started = len(done), time.perf_counter()
     with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-        tasks = [
-            joblib.delayed(_compute)(function, row, folder, parameters, keys) for row in waiting
-        ]
+        compute = joblib.delayed(_compute)
+        tasks = [compute(function, row, folder, parameters, keys) for row in waiting]
         for record in joblib.Parallel(return_as="generator_unordered")(tasks):
             done[record["knee_id"]] = record
             if report:
@@ -184,9 +183,8 @@ def time_left(seconds: float) -> str:
     """End of a progress line, for example ", about 4 min left"; "" when nothing is left."""
     if seconds <= 0:
         return ""
-    return (
-        f", about {seconds / 60:.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
-    )
+    left = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+    return f", about {left} left"
 
 
 def _knee_key(function: Callable, row: dict, parameters: dict, after: Iterable) -> str:

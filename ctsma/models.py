@@ -187,9 +187,8 @@ def ct_features(ct: np.ndarray, voi: np.ndarray) -> np.ndarray:
     skewness, kurtosis = (_region_mean(centred**p, region) / sd**p for p in (3, 4))
     columns = [mean, sd, np.log(sd), sd / (np.abs(mean) + 100), skewness, kurtosis]
     levels = (2, 10, 25, 50, 75, 90, 98)
-    columns += list(
-        np.transpose([np.percentile(h[r], levels) for h, r in zip(hu, region, strict=True)])
-    )
+    percentiles = [np.percentile(h[r], levels) for h, r in zip(hu, region, strict=True)]
+    columns += list(np.transpose(percentiles))
     columns.append(region.mean((1, 2, 3)))
     for axis, lags in LAGS.items():
         n = hu.shape[axis]
@@ -254,10 +253,10 @@ def fit_ridge(
             weights = _gls_ridge(features[fit], tiled[fit], knees[fit], rho, alphas)
             errors[i, held_out] = _linear(weights, features[held_out]) - tiled[held_out]
             squared[i] += (errors[i, held_out] ** 2).mean(axis=0)
-    candidates = [(i, j) for i in range(len(rhos)) for j in range(len(ALPHAS))]
-    best = squared.reshape(len(candidates), n_targets).argmin(axis=0)
+    best = squared.reshape(-1, n_targets).argmin(axis=0)
     weights, chosen, remaining = [], [], []
-    for target, (i, j) in enumerate(candidates[k] for k in best):
+    for target, candidate in enumerate(best):
+        i, j = divmod(candidate, len(ALPHAS))
         column = targets[:, [target]]
         weights.append(_gls_ridge(features, column, knees, rhos[i], ALPHAS[[j]])[:, 0])
         chosen.append(rhos[i])

@@ -329,9 +329,8 @@ def _region_around(
     corners = np.array(np.meshgrid(*ends, indexing="ij")).reshape(3, -1).T
     index = []
     for corner in corners:
-        point = transform.TransformPoint(
-            grid.TransformContinuousIndexToPhysicalPoint(corner.tolist())
-        )
+        place = grid.TransformContinuousIndexToPhysicalPoint(corner.tolist())
+        point = transform.TransformPoint(place)
         index.append(image.TransformPhysicalPointToContinuousIndex(point))
     low = np.maximum(np.floor(np.min(index, axis=0)).astype(int) - margin, 0)
     high = np.ceil(np.max(index, axis=0)).astype(int) + margin + 1

@@ -38,12 +38,10 @@ class TransformerSettings:
     max_epochs: int = 80
     patience: int = 20  # epochs without a lower validation loss
     validation_share: float = 0.2  # of the training subjects, for early stopping only
-    patches_per_step: int = (
-        8  # random patches of each knee in one step: regularises, bounds the cost
-    )
-    features: tuple[
-        str, ...
-    ] = ()  # columns of the tokens; empty: biomarkers and position if present
+    # Random patches of each knee in one step: regularises, and bounds the cost
+    patches_per_step: int = 8
+    # Columns of the tokens; empty: biomarkers, and position if present
+    features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -198,9 +196,8 @@ def _train(
     model: PatchTransformer, fitting: tuple, validation: tuple, settings: TransformerSettings
 ) -> PatchTransformer:
     """Full-batch AdamW on binary cross-entropy; keeps the weights of least validation loss."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
-    )
+    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    optimizer = torch.optim.AdamW(model.parameters(), **rates)
     cross_entropy = nn.functional.binary_cross_entropy_with_logits
     tokens, absent, oa = fitting
     best_loss, best_epoch, best_state = np.inf, 0, None

@@ -119,15 +119,10 @@ def make_fold(
     validates = np.isin(data.subjects, training[:n_validation])
     tests = every.loc[data.subjects].to_numpy() == number
     rest = ~tests & ~validates
-    fit = np.flatnonzero(labelled & rest)
-    return Fold(
-        number=number,
-        fit=fit,
-        validation=np.flatnonzero(labelled & validates),
-        test=np.flatnonzero(tests),
-        unlabelled=np.flatnonzero(~labelled & rest),
-        scale=fit_normalisation(data, fit, arm),
-    )
+    masks = labelled & rest, labelled & validates, tests, ~labelled & rest
+    fit, validation, test, unlabelled = map(np.flatnonzero, masks)
+    scale = fit_normalisation(data, fit, arm)
+    return Fold(number, fit, validation, test, unlabelled, scale)
 
 
 def fit_normalisation(data: TrainingData, fit: ndarray, arm: Arm) -> Scale:
