@@ -6,17 +6,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import pack_patches
 import packed
+import packed_networks
+import packed_statistics
 
+from ctsma import agreement
 from ctsma.common import BIOMARKERS
 from ctsma.distillation import prepare
+from ctsma.models import build as ctsma_build
 from ctsma.models import ridge_estimates
 from ctsma.patches import load_patches
 
+ENDS = "ci_low", "ci_high"
 EACH = 9  # patches of a knee: more than one part of a batch
 
 
@@ -130,3 +136,57 @@ def test_another_schema_or_split_is_refused(tmp_path, data, monkeypatch):
         (tmp_path / "split").write_bytes(packed.packed_bytes(arrays, {}))
     with pytest.raises(packed.BadInput, match="another split"):
         packed.read_packed(tmp_path / "split")
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+@pytest.mark.parametrize("size", ["compact", "paper"])
+def test_networks_equal_those_of_the_package(role, size):
+    arm_input = "mr" if role == "teacher" else "ct"
+    own_size = "published" if size == "paper" else size
+    original = ctsma_build(arm_input, size, torch.Generator().manual_seed(0)).eval()
+    own = packed_networks.build(own_size, role, 2, sigmoid=size == "paper", seed=1).eval()
+    values, state = list(original.state_dict().values()), own.state_dict()
+    own.load_state_dict(dict(zip(state, values, strict=True)))
+    side = 48 if role == "teacher" else 24
+    x = torch.rand(1, 2, 12, side, side, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected, found = original(x), own(x)
+    assert torch.allclose(found[0], expected[0], atol=1e-5)
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_both_networks_have_equal_maps_on_the_native_grid():
+    shapes = []
+    for role, side, channels in (("teacher", 48, 2), ("student", 24, 3)):
+        network = packed_networks.build("native", role, channels, sigmoid=True, seed=0).eval()
+        with torch.no_grad():
+            _, maps = network(torch.rand(1, channels, 12, side, side))
+        shapes.append([m.shape for m in maps])
+    assert shapes[0] == shapes[1]
+    assert len(shapes[0]) == packed_networks.N_STAGES["native"]
+
+
+def test_statistics_equal_those_of_the_package():
+    rng = np.random.default_rng(0)
+    knees = np.repeat([f"k{i}" for i in rng.permutation(8)], 5)
+    subjects = np.array([f"s{9 - int(k[1:]) // 2}" for k in knees])
+    reference = rng.normal(size=(40, 4))
+    one, other = (reference + rng.normal(size=(40, 4)) for _ in range(2))
+    frame = pd.DataFrame({"arm": "a", "knee_id": knees, "subject_id": subjects})
+    frame = frame.assign(patch_id=np.arange(40), **dict(zip(BIOMARKERS, one.T, strict=True)))
+    frame = frame.assign(**{f"{b}_reference": reference[:, i] for i, b in enumerate(BIOMARKERS)})
+    rows = agreement.agreement_table(frame, np.random.default_rng(1), n_resamples=50)
+    options = subjects, knees, np.random.default_rng(1), 50
+    found = packed_statistics.agreement(reference, one, *options)
+    for row in rows.to_dict("records"):
+        for name in packed_statistics.STATISTICS:
+            mine = found[name][row["biomarker"]]
+            expected = row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"]
+            assert np.allclose(list(mine.values()), expected)
+    pairs = reference, one, other, subjects, knees
+    table = agreement.bootstrap_differences(*pairs, np.random.default_rng(1), 50)
+    mine = packed_statistics.differences(*pairs, np.random.default_rng(1), 50)
+    for row in table.to_dict("records"):
+        values = mine[row["statistic"]][row["biomarker"]]
+        assert np.allclose(list(values.values()), [row[n] for n in ("difference", *ENDS)])
