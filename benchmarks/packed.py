@@ -46,6 +46,19 @@ def run_main(main: Callable[[], None]) -> None:
         raise SystemExit(BAD_INPUT) from None
 
 
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON; NaN and infinity become null."""
+    path.write_text(json.dumps(_finite(content), indent=1) + "\n", encoding="utf-8")
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
 @dataclass(frozen=True)
 class Packed:
     """What a packed file holds, see the module."""

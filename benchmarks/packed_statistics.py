@@ -31,7 +31,9 @@ def differences(reference, one, other, subjects, knees, rng, n_resamples=2000) -
         own = np.random.default_rng(seed)
         both.append(statistics(reference, estimate, subjects, knees, own, n_resamples))
     first, second = both
-    return {name: _by_measure(first[name] - second[name], "difference") for name in STATISTICS}
+    with np.errstate(invalid="ignore"):  # of a correlation that is infinite
+        draws = {name: first[name] - second[name] for name in STATISTICS}
+    return {name: _by_measure(values, "difference") for name, values in draws.items()}
 
 
 def statistics(x, y, subjects, knees, rng, n_resamples) -> dict[str, ndarray]:
@@ -57,7 +59,9 @@ def statistics(x, y, subjects, knees, rng, n_resamples) -> dict[str, ndarray]:
 
 def _by_measure(draws: ndarray, name: str) -> dict[str, dict[str, float]]:
     found = {}
-    for measure, values in zip(MEASURES, [*draws, draws.mean(axis=0)], strict=True):
+    with np.errstate(invalid="ignore"):
+        every = [*draws, draws.mean(axis=0)]
+    for measure, values in zip(MEASURES, every, strict=True):
         low, high = np.nanquantile(values[1:], [0.025, 0.975])
         found[measure] = {name: float(values[0]), "ci_low": float(low), "ci_high": float(high)}
     return found

@@ -1,5 +1,6 @@
 """Packed patches: file, networks, statistics, training and measurements with torch and numpy."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,10 +15,15 @@ import pack_patches
 import packed
 import packed_networks
 import packed_statistics
+import packed_training
+import train_packed
+from packed_training import Arm, Resident
 
 from ctsma import agreement
 from ctsma.common import BIOMARKERS
-from ctsma.distillation import prepare
+from ctsma.distillation import ARMS, fit_normalisation, prepare
+from ctsma.distillation.data import make_input
+from ctsma.distillation.losses import knee_level_mse
 from ctsma.models import build as ctsma_build
 from ctsma.models import ridge_estimates
 from ctsma.patches import load_patches
@@ -190,3 +196,161 @@ def test_statistics_equal_those_of_the_package():
     for row in table.to_dict("records"):
         values = mine[row["statistic"]][row["biomarker"]]
         assert np.allclose(list(values.values()), [row[n] for n in ("difference", *ENDS)])
+
+
+@pytest.mark.parametrize("arm", [train_packed.TEACHER, Arm("student", cortex=True)])
+@pytest.mark.parametrize("flips", packed_training.FLIPS)
+def test_inputs_equal_those_of_the_package(folder, data, arm, flips):
+    original = prepare(load_patches(folder))
+    patches, fit = Resident(data, "cpu"), np.flatnonzero(data.fold != 0)
+    patches.use_fold(0)
+    scale = fit_normalisation(original, fit, ARMS["mr_teacher"])
+    scale["input"] = "mr" if arm.role == "teacher" else "ct+cortex"
+    axes = [axis for axis, flip in zip((1, 3), flips, strict=True) if flip]
+    expected = make_input(original, fit[:4], scale, "cpu", axes)
+    found = patches.input(arm, torch.from_numpy(fit[:4]), torch.tensor(flips), augment=False)
+    assert torch.allclose(found, expected, atol=0.03)
+    assert (patches.target[fit].amin(0) == 0).all()
+    assert (patches.target[fit].amax(0) == 1).all()
+
+
+def test_augmentation_has_the_drawn_size():
+    torch.manual_seed(0)
+    hu = torch.full((400, 12, 24, 24), 300.0)
+    changed = packed_training.augmented(hu) - hu
+    level = changed.mean((1, 2, 3)).std()
+    expected = np.hypot(300 * packed_training.GAIN_SD, packed_training.SHIFT_HU)
+    assert abs(level - expected) < 0.15 * expected
+    noise = changed.std((1, 2, 3)).mean()
+    assert abs(noise - packed_training.NOISE_HU / 2) < 0.5
+
+
+def test_batches_hold_whole_parts_of_knees_and_every_patch():
+    knees = np.repeat(["a", "b", "c"], [16, 9, 3])
+    rows = np.arange(len(knees))
+    batches = packed_training.epoch_batches(knees, rows, 2, np.random.default_rng(0))
+    assert batches.shape == (3, 16)
+    assert set(batches.ravel()) == set(rows)
+    for part in batches.reshape(-1, packed_training.PER_KNEE):
+        assert len(set(knees[part])) == 1
+
+
+def small(file, out, **changes):
+    """Arguments of a short training on the CPU."""
+    options = {"network": "compact", "device": "cpu", "precision": "float32", "epochs": 2}
+    options |= {"seeds": 1, "knees": 2, "minutes": 5} | changes
+    given = [str(file), "--out", str(out), "--no-compile"]
+    for name, value in options.items():
+        given += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return given
+
+
+SHORT = ["ct_only", "l1_0.1", "last_0.1_cortex", "residual_l1_0.1"]
+
+
+def test_training_is_complete_resumed_and_compared(file, tmp_path, capsys):
+    train_packed.main(small(file, tmp_path, arms=SHORT, minutes=0))
+    assert len(json.loads((tmp_path / "compact.json").read_text())["missing"]) == 10
+    train_packed.main(small(file, tmp_path, arms=SHORT))
+    found = json.loads((tmp_path / "compact.json").read_text())
+    assert found["missing"] == []
+    assert found["complete"]
+    assert set(found["icc"]) == {"teacher", *SHORT, train_packed.RIDGE}
+    assert found["optimisation_done"] == (found["relative_error"]["ct_only"]["mean"] < 0.8)
+    pairs = {(row["arm"], row["against"]) for row in found["differences"]}
+    assert ("l1_0.1", "ct_only") in pairs
+    assert not list(tmp_path.rglob("*.pt"))
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*fold*.npz")}
+    next(path for path in files if path.name.startswith("l1_0.1_fold1")).unlink()
+    train_packed.main(small(file, tmp_path, arms=SHORT))
+    assert "the teacher is trained again" in capsys.readouterr().out
+    kept = [path for path in files if "ct_only" in path.name or "fold0" in path.name]
+    assert all(path.stat().st_mtime_ns == files[path] for path in kept)
+    assert json.loads((tmp_path / "compact.json").read_text())["missing"] == []
+
+
+def test_a_stop_leaves_complete_folds(file, tmp_path):
+    study_options = small(file, tmp_path, arms=["ct_only"], seeds=2)
+    train_packed.main(study_options)
+    for path in tmp_path.rglob("ct_only_fold1_seed*.npz"):
+        path.unlink()
+    train_packed.main([*study_options, "--minutes", "0"])
+    found = json.loads((tmp_path / "compact.json").read_text())
+    assert found["folds"] == [0]
+    assert not found["complete"]
+    assert found["missing"] == ["ct_only, fold 1, seed 0", "ct_only, fold 1, seed 1"]
+
+
+def test_bad_input_is_one_sentence(file, tmp_path, monkeypatch, data):
+    with pytest.raises(packed.BadInput, match="not available"):
+        packed_training.check_device("cuda", True)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        patched.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+        with pytest.raises(packed.BadInput, match="no bfloat16"):
+            packed_training.check_device("cuda", True)
+    source = {"schema": packed.SCHEMA, "split_sha256": "x"} | data.about
+    (tmp_path / "source.json").write_text(json.dumps(source | {"split_sha256": "other"}))
+    with pytest.raises(packed.BadInput, match="another split"):
+        train_packed.main(small(file, tmp_path))
+    (tmp_path / "source.json").write_text(json.dumps(source | {"protocol_sha256": "other"}))
+    with pytest.raises(packed.BadInput, match="another protocol"):
+        train_packed.main(small(file, tmp_path))
+    with pytest.raises(packed.BadInput, match="patches that are reported"):
+        train_packed.check_other_patches(data, data)
+
+
+def test_too_little_memory_names_the_batch_that_fits(data, monkeypatch):
+    patches = Resident(data, "cpu")
+    patches.use_fold(0)
+    speed = packed_training.Speed(False, False, False)
+    trainer = packed_training.Trainer(Arm("ct_only"), "compact", patches, 4, speed)
+    step = trainer.step
+
+    def limited():
+        if len(trainer.at) > 8:
+            raise torch.OutOfMemoryError("full")
+        step()
+
+    monkeypatch.setattr(trainer, "step", limited)
+    with pytest.raises(packed.BadInput, match="a batch of 8 fits, use --knees 1"):
+        trainer.prepare()
+
+
+def test_a_compiler_that_fails_is_announced(data, capsys):
+    patches = Resident(data, "cpu")
+    patches.use_fold(0)
+    speed = packed_training.Speed(False, False, False)
+    trainer = packed_training.Trainer(Arm("ct_only"), "compact", patches, 1, speed)
+
+    def fail(x):
+        raise RuntimeError("no compiler")
+
+    trainer.model = fail
+    trainer.prepare()
+    assert "torch.compile failed (no compiler)" in capsys.readouterr().out
+    assert trainer.model is trainer.network
+
+
+def test_the_loss_is_that_of_the_package(data):
+    rng, rho = torch.Generator().manual_seed(0), torch.tensor([0.0, 0.3, 0.6, 0.75])
+    error = torch.rand(24, 4, generator=rng)
+    knees = torch.arange(24) // packed_training.PER_KNEE
+    theta = 1 - ((1 - rho) / (1 - rho + packed_training.PER_KNEE * rho)).sqrt()
+    grouped = error.view(-1, packed_training.PER_KNEE, 4)
+    own = packed_training.knee_level_loss(grouped, theta)
+    assert torch.allclose(own, knee_level_mse(error, knees, rho))
+
+
+def test_tuning_uses_other_knees(file, tmp_path, tmp_path_factory):
+    others = knee_folder(tmp_path_factory.mktemp("others"), seed=1)
+    tune = others / "others.npz.xz"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pack_patches, "N_FOLDS", 2)
+        pack_patches.pack(others, tune)
+    options = small(file, tmp_path, arms=["ct_only"], epochs=1, tune=tune, rates=[1e-4, 1e-2])
+    train_packed.main([*options, "--warm-ups", "0.3"])
+    found = json.loads((tmp_path / "compact.json").read_text())
+    assert found["tuned"]
+    assert found["settings"]["student"]["candidates"] == 2
+    assert found["settings"]["student"]["rate"] in (1e-4, 1e-2)
