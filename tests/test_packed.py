@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import gpu
 import pack_patches
 import packed
 import packed_networks
@@ -354,3 +355,21 @@ def test_tuning_uses_other_knees(file, tmp_path, tmp_path_factory):
     assert found["tuned"]
     assert found["settings"]["student"]["candidates"] == 2
     assert found["settings"]["student"]["rate"] in (1e-4, 1e-2)
+
+
+def test_speed_is_measured_and_missing_rows_are_named(file, tmp_path):
+    out = tmp_path / "speed.json"
+    options = [str(file), "--out", str(out), "--device", "cpu", "--sizes", "compact"]
+    options += ["--knees", "1", "--precision", "float32"]
+    gpu.main([*options, "--minutes", "0"])
+    assert len(json.loads(out.read_text())["missing"]) == len(gpu.cases(["compact"], [1]))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gpu, "MODES", {"eager": (False, False)})
+        gpu.main(options)
+    found = json.loads(out.read_text())
+    assert found["missing"] == []
+    for row in found["rows"]:
+        assert row["patches_per_s"] > 0
+        assert row["share_of_plain"] > 0
+    with pytest.raises(packed.BadInput, match="not available"):
+        gpu.main([str(file), "--out", str(out)])
