@@ -4,8 +4,8 @@
 #     sh benchmarks/gpu_session.sh FILE OUT [MINUTES] [TUNE_FILE] [options of train_packed.py]
 #
 # FILE and TUNE_FILE are of pack_patches.py; an empty TUNE_FILE ("") keeps the default learning rate.
-# A later call with the same FILE and OUT continues. PYTHON and SIZES ("native published") may be
-# set; SPEED is the number of minutes for measurements of speed.
+# A later call with the same FILE and OUT continues. Environment variables: PYTHON, DEVICE, SIZES
+# (networks in order, "native published") and SPEED (minutes for measurements of speed, 1.5).
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
