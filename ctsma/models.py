@@ -309,7 +309,7 @@ def _gls_ridge(
     return np.vstack([ridge.intercept_ - scaler.mean_ @ weights, weights])
 
 
-def quasi_demeaning(rho: float, counts: np.ndarray) -> np.ndarray:
+def quasi_demeaning(rho: float | Tensor, counts: np.ndarray | Tensor) -> np.ndarray | Tensor:
     """theta, the share of a knee's mean error that is taken off, by number of its patches.
 
     rho is the correlation of the errors of a knee's patches.
