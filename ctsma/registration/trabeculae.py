@@ -20,10 +20,10 @@ INTERIOR_DEPTH_MM = 4.0
 SEARCH_MM = 2.0  # in steps of a voxel; correlation vanishes within 0.75 to 1 mm (design choice)
 N_SEARCH, N_METRIC = 5000, 50_000  # voxels for the search, and for the rest (design choice)
 CLIP_PERCENT = 1.0  # of the grey values at each end, against metal (design choice)
-# Gauss-Newton, in mean motion of the voxels: the longest step is half a trabecular spacing, after
-# the shortest nothing changes by 0.01 mm; 5 to 15 iterations are used (design choice).
+# Gauss-Newton, in mean motion of the voxels: the longest step is half a trabecular spacing, and
+# the shortest a hundredth of it; 5 to 15 iterations are used (design choice).
 MAX_STEP_MM, MIN_STEP_MM, MAX_ITERATIONS = 0.5, 0.005, 30
-MAX_MOTION_MM = 3.0  # from the search; where another knee correlates by chance (design choice)
+MAX_MOTION_MM = 3.0  # from the search; beyond, other trabeculae agree by chance (design choice)
 MIN_VOXELS = 1000  # of 0.5 mm; with fewer, a bone is not in the field of view (design choice)
 
 
@@ -100,7 +100,8 @@ def refine(points, grey, ct, mr, start) -> tuple[Rigid, int, str]:
 
     The MR is fitted by the CT and its derivatives with respect to rotation and translation. Their
     coefficients, divided by that of the CT, are the motion that remains. The derivatives are the
-    CT's because those of the MR hold more noise, which would shorten the steps.
+    CT's because those of the MR hold more noise, which would shorten the steps. A step that does
+    not raise the correlation, or ends more than 3 mm from the search, is halved.
 
     Parameters
     ----------
@@ -108,28 +109,31 @@ def refine(points, grey, ct, mr, start) -> tuple[Rigid, int, str]:
 
     Returns
     -------
-    The transform, the number of iterations, and why they ended: a short step, or nothing that
-    correlates within 3 mm (the transform is then that of the search).
+    The transform of the highest correlation, the number of iterations, and where they stopped.
     """
     shifted, centre, half = best_shift(points, grey, mr, start), points.mean(axis=0), np.eye(3) / 2
     slopes = [sample_points(ct, points + mm) - sample_points(ct, points - mm) for mm in half]
     gradient = np.nan_to_num(np.transpose(slopes))  # per mm; 0 at the border of the image
     turns = np.cross(points - centre, gradient)
     columns = np.column_stack([turns, gradient, grey, np.ones(len(grey))])
-    transform, first = shifted, apply_rigid(shifted, points)
-    for iteration in range(1, MAX_ITERATIONS + 1):
+    transform, best, highest, step_mm = shifted, shifted, 0.0, 0.0
+    first, iterations = apply_rigid(shifted, points), 0
+    while True:
+        iterations += 1
         moved = apply_rigid(transform, points)
         mr_grey = sample_points(mr, moved)
-        far = np.linalg.norm(moved - first, axis=1).mean() > MAX_MOTION_MM
-        if far or trabecular_correlation(grey, mr_grey) <= 0.0:
-            return shifted, iteration, "no correlation nearby"
-        seen = np.isfinite(mr_grey)
-        known = columns[seen]
-        fit = np.linalg.lstsq(known.T @ known, known.T @ mr_grey[seen])[0]
-        rotation, shift = -fit[:3] / fit[6], -fit[3:6] / fit[6]
-        step_mm = np.linalg.norm(np.cross(rotation, points - centre) + shift, axis=1).mean()
-        share = min(1.0, MAX_STEP_MM / max(step_mm, MIN_STEP_MM))
-        transform = recentred(transform, centre, np.rad2deg(share * rotation), share * shift)
-        if step_mm < MIN_STEP_MM:
-            break
-    return transform, iteration, f"last step {step_mm:.4f} mm"
+        correlation = trabecular_correlation(grey, mr_grey)
+        is_near = np.linalg.norm(moved - first, axis=1).mean() < MAX_MOTION_MM
+        if is_near and correlation > highest:
+            best, highest, seen = transform, correlation, np.isfinite(mr_grey)
+            known = columns[seen]
+            fit = np.linalg.lstsq(known.T @ known, known.T @ mr_grey[seen])[0]
+            rotation, shift = -fit[:3] / fit[6], -fit[3:6] / fit[6]
+            motion_mm = np.linalg.norm(np.cross(rotation, points - centre) + shift, axis=1).mean()
+            step_mm = min(motion_mm, MAX_STEP_MM)
+        else:  # too long a step: shorten it
+            step_mm /= 2
+        if step_mm < MIN_STEP_MM or iterations == MAX_ITERATIONS:
+            return best, iterations, f"correlation {highest:.3f}, next step {step_mm:.4f} mm"
+        share = step_mm / motion_mm
+        transform = recentred(best, centre, np.rad2deg(share * rotation), share * shift)
