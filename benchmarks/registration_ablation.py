@@ -37,7 +37,7 @@ from ctsma.registration import (
     register_knee,
     target_registration_error_mm,
 )
-from ctsma.registration.stages import TRABECULAE, align_trabeculae, bone_depths_mm
+from ctsma.registration.stages import TRABECULAE_SPACING_MM, align_trabeculae, bone_depths_mm
 from ctsma.registration.trabeculae import highpass
 from kneesim import Truth, protocol_sha256, read_truth
 
@@ -123,7 +123,7 @@ def register(ct: sitk.Image, moving: sitk.Image, mr: sitk.Image, truth: Truth) -
     masks = bone_masks(ct)
     found = register_knee(ct, moving, masks, seed=0)
     row, metrics = {"cpu_seconds": time.process_time() - tic}, {}
-    ct_fine, mr_fine = (highpass(isotropic(image, TRABECULAE.spacing_mm)) for image in (ct, mr))
+    ct_fine, mr_fine = (highpass(isotropic(image, TRABECULAE_SPACING_MM)) for image in (ct, mr))
     for bone, depth_mm in bone_depths_mm(masks).items():
         points, true = truth.target_points_lps(bone), truth.transforms[bone]
         start = found.stages["per_bone"][bone]

@@ -30,7 +30,7 @@ from ctsma.registration import (
     rigid_transform,
     target_registration_error_mm,
 )
-from ctsma.registration.stages import TRABECULAE, align_trabeculae, bone_depths_mm
+from ctsma.registration.stages import TRABECULAE_SPACING_MM, align_trabeculae, bone_depths_mm
 from ctsma.registration.trabeculae import highpass, interior, registration_metrics
 from ctsma.registration.transforms import sample_points, voxel_axes
 from kneesim import protocol_sha256, read_truth
@@ -60,7 +60,7 @@ def one_knee(root: Path, knee_id: str) -> list[dict]:
     ct, mr = read_pair(root, knee_id)
     depths_mm = bone_depths_mm(bone_masks(ct))
     ct_coarse, mr_coarse = isotropic(ct, 1.0), isotropic(mr, 1.0)
-    ct_fine, mr_fine = (highpass(isotropic(image, TRABECULAE.spacing_mm)) for image in (ct, mr))
+    ct_fine, mr_fine = (highpass(isotropic(image, TRABECULAE_SPACING_MM)) for image in (ct, mr))
     rows = []
     for bone, depth_mm in depths_mm.items():
         points, true = truth.target_points_lps(bone), truth.transforms[bone]

@@ -2,11 +2,12 @@
 
 import importlib
 import sys
+from collections.abc import Sequence
 
 
-def main() -> int:
-    """Run the command line; returns the exit code."""
-    return importlib.import_module("ctsma_lab.cli").main()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command, of the process where None; returns the exit code."""
+    return importlib.import_module("ctsma_lab.cli").main(argv)
 
 
 if __name__ == "__main__":

@@ -65,14 +65,9 @@ def summary(results: str | Path) -> str:
     agreement, diagnosis = read_results(results, "agreement"), read_results(results, "diagnosis")
     icc, auc, r = agreement["icc"], diagnosis["auc"], agreement["r"]
     kind = "simulated knees" if read_results(results, "cohort")["simulated"] else "knees"
-    changes = {
-        (row["arm"], row["against"]): row
-        for row in agreement["differences"]
-        if row["statistic"] == "r" and row["biomarker"] == "mean"
-    }
-    sentences = []
+    changes, sentences = _differences_in_r(agreement), []
 
-    network = changes.get(("ct_residual", "hu_regression_calibrated"))
+    network = changes.get("ct_residual_vs_hu_regression_calibrated")
     if network:
         ridge, student = "hu_regression_calibrated", "ct_residual"
         sentences.append(
@@ -82,7 +77,7 @@ def summary(results: str | Path) -> str:
             f"{effect_in_words('r', network)}; its ICC is {interval(icc[student]['mean'], 'icc')}."
         )
 
-    published, delong = changes.get(("ct_sma", "ct_only")), diagnosis["delong"]
+    published, delong = changes.get("ct_sma_vs_ct_only"), diagnosis["delong"]
     if published and "ct_sma_vs_ct_only" in delong:
         sentences.append(
             "The published distillation loss "
@@ -93,7 +88,7 @@ def summary(results: str | Path) -> str:
             f"{ARMS['ct_sma'].published['auc']} on patients."
         )
 
-    distilled = changes.get(("ct_sma_plus", "ct_residual"))
+    distilled = changes.get("ct_sma_plus_vs_ct_residual")
     if distilled:
         effect = effect_in_words("r of the network that corrects the ridge", distilled)
         sentences.append(
@@ -101,6 +96,15 @@ def summary(results: str | Path) -> str:
             f"{interval(icc['ct_sma_plus']['mean'], 'icc')}." + _few_labels(results)
         )
     return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def _differences_in_r(agreement: Mapping) -> dict[str, Mapping]:
+    """Differences in r, mean of the biomarkers, by `<arm>_vs_<arm>`."""
+    return {
+        f"{row['arm']}_vs_{row['against']}": row
+        for row in agreement["differences"]
+        if row["statistic"] == "r" and row["biomarker"] == "mean"
+    }
 
 
 def _few_labels(results: str | Path) -> str:
@@ -155,13 +159,7 @@ def detailed_tables(results: str | Path) -> dict[str, str]:
     tables = {
         "Agreement with the MR reference, mean of the biomarkers": _measure_rows(agreement),
         "ICC with the MR reference, by biomarker": _icc_rows(agreement["icc"]),
-        "Differences in r, mean of the biomarkers": _difference_rows(
-            {
-                f"{row['arm']}_vs_{row['against']}": row
-                for row in agreement["differences"]
-                if row["statistic"] == "r" and row["biomarker"] == "mean"
-            }
-        ),
+        "Differences in r, mean of the biomarkers": _difference_rows(_differences_in_r(agreement)),
         "Differences in mean ICC": _difference_rows(agreement["difference"]),
         "Differences in AUC (DeLong)": _difference_rows(
             read_results(results, "diagnosis")["delong"]

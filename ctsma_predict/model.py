@@ -123,7 +123,7 @@ def estimate(
     cortical_hu : (n,) HU of the knee's own cortex, mean of femur and tibia.
     """
     table = pd.DataFrame(dict.fromkeys(BIOMARKERS, 0.0), index=range(len(ct)))  # no reference
-    table["subject_id"] = ""
+    table[["knee_id", "subject_id"]] = ""
     for bone in BONES:
         table[f"cortical_hu_{bone}"] = cortical_hu
     data = prepare(Patches(table, np.zeros(voi.shape, np.float16), ct, voi))

@@ -1133,7 +1133,7 @@ BAD = [
         "own labels with femur and tibia exchanged",
         both(knee_blocks(labels=lambda own: (3 - own) % 3), with_labels()),
         DEEP,
-        "show 0 mm2 of femur (value 1) above tibia (value 2) (at least 400 mm2)",
+        "show 0 mm2 of femur (value 1) above tibia (value 2), too few",
         1,
     ),
     Bad(

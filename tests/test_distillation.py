@@ -28,7 +28,7 @@ from ctsma.distillation import (
     read_arms,
     training,
 )
-from ctsma.distillation.data import augment_ct, knee_batches, make_input
+from ctsma.distillation.data import Fold, augment_ct, knee_batches, make_input
 from ctsma.distillation.losses import knee_level_mse
 from ctsma.distillation.training import TeacherCache, predict_rows, train
 from ctsma.models import apply_ridge, build, to_ct_grid
@@ -201,12 +201,25 @@ def test_the_knee_level_loss_is_the_quadratic_form_of_a_random_intercept():
 def test_batches_hold_every_row_once_and_keep_parts_of_a_knee_together(per_knee, batch_size):
     data, rows = prepare(toy(6, 5)), np.arange(2, 30)  # a knee of three patches, five of five
     settings = Settings(**TINY | {"patches_per_knee": per_knee, "batch_size": batch_size})
-    batches = knee_batches(data, rows, settings, np.random.default_rng(0))
+    fold = Fold(0, rows, rows, rows, rows[:0], {"rho": [0.0, 0.0, 0.5, 0.0]})
+    batches = knee_batches(data, fold, settings, np.random.default_rng(0))
     np.testing.assert_array_equal(np.sort(np.concatenate(batches)), rows)
     assert all(len(batch) for batch in batches)
     for batch in batches if per_knee == 8 else ():
         whole = {knee: (data.knees[rows] == knee).sum() for knee in data.knees[batch]}
         assert all((data.knees[batch] == knee).sum() == n for knee, n in whole.items())
+
+
+def test_batches_are_independent_patches_where_no_errors_are_shared():
+    data, rows = prepare(toy(6, 5)), np.arange(30)
+    settings = Settings(**TINY | {"patches_per_knee": 5, "batch_size": 5})
+    fold = Fold(0, rows, rows, rows, rows[:0], {"rho": [0.0] * 4})
+    together, apart = (
+        knee_batches(data, replace(fold, scale={"rho": rho}), settings, np.random.default_rng(0))
+        for rho in ([0.5] * 4, [0.0] * 4)
+    )
+    assert [len(set(data.knees[batch])) for batch in together] == [1] * 6
+    assert max(len(set(data.knees[batch])) for batch in apart) > 2
 
 
 def test_weight_zero_among_the_candidates_is_the_network_without_teacher(patches, tmp_path):

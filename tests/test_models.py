@@ -10,7 +10,9 @@ from sklearn.preprocessing import StandardScaler
 from statsmodels.api import GLS
 
 from ctsma import models
+from ctsma.arms import validated
 from ctsma.common import InputError
+from ctsma.distillation import Settings
 from ctsma.models import (
     ALPHAS,
     N_CALIBRATED,
@@ -86,12 +88,9 @@ def test_a_compact_prediction_is_the_mean_of_its_class_activation_maps():
     torch.testing.assert_close(prediction, masked_mean(cam, x[:, 1:2]))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"), [(("pet", "compact"), "input"), (("ct", "huge"), "size")]
-)
-def test_unknown_networks_are_refused(arguments, named):
-    with pytest.raises(InputError, match=named):
-        build(*arguments, torch.Generator())
+def test_an_unknown_size_of_network_is_refused():
+    with pytest.raises(InputError, match="size"):
+        validated(Settings, "settings", {"size": "huge"})
 
 
 def random_patches(n=24):

@@ -12,12 +12,12 @@ import nbformat
 import pandas as pd
 import pytest
 
-from ctsma import cache, cli, files
+from ctsma import cache, files
 from ctsma.cohort import image_path, read_manifest
 from ctsma.cohort.manifest import SCHEMA
 from ctsma.common import InputError
 from ctsma.files import atomic
-from ctsma_lab import runner
+from ctsma_lab import cli, runner
 from ctsma_lab.report import write_report
 from ctsma_lab.run import RESULTS, Run
 

@@ -24,7 +24,7 @@ from .checkpoints import load_model, save_model
 from .data import Fold, TrainingData, make_fold, prepare, ridge_of
 from .losses import loss_term
 from .settings import Settings
-from .training import TeacherCache, predict_rows, train, with_teacher_labels
+from .training import TeacherCache, predict, predict_rows, train, with_teacher_labels
 
 TEACHER = ARMS["mr_teacher"]
 KEYS = ["arm", "fold", "knee_id", "subject_id", "patch_id"]
@@ -229,8 +229,8 @@ def predict_ct_only(
     jobs = [(arm, k, seed) for arm in students for k in np.unique(folds) for seed in seeds]
     for arm, number, seed in jobs:
         network, record = load_model(Path(folder) / f"{arm}_fold{number}_seed{seed}")
-        rows, settings = np.flatnonzero(folds == number), Settings(**record["settings"])
-        values = predict_rows(network, data, rows, record["scale"], settings)
+        rows = np.flatnonzero(folds == number)
+        values = predict(network, record, data, rows)
         parts.append(_prediction_rows(table.iloc[rows], arm, number, seed, values))
     return pd.concat(parts, ignore_index=True)
 

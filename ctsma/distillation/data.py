@@ -154,16 +154,18 @@ def fit_normalisation(data: TrainingData, fit: ndarray, arm: Arm) -> Scale:
     )
 
 
-def knee_batches(data: TrainingData, rows: ndarray, settings: Settings, rng: Generator) -> list:
-    """Rows of one epoch, each once, in batches of several knees.
+def knee_batches(data: TrainingData, fold: Fold, settings: Settings, rng: Generator) -> list:
+    """Fitting rows of one epoch, each once, in batches of several knees.
 
     Patches of a knee stay together in parts of at most `settings.patches_per_knee`, so that a batch
-    shows what the errors of a knee have in common.
+    shows what the errors of a knee have in common. Where rho is 0 they have nothing in common, and
+    the batches are independent patches.
     """
+    rows, together = fold.fit, settings.patches_per_knee if any(fold.scale["rho"]) else 1
     parts = []
     for knee in np.unique(data.knees[rows]):
         own = rng.permutation(rows[data.knees[rows] == knee])
-        parts += np.array_split(own, np.ceil(len(own) / settings.patches_per_knee))
+        parts += np.array_split(own, np.ceil(len(own) / together))
     n_batches = min(len(parts), max(1, round(len(rows) / settings.batch_size)))
     groups = np.array_split(rng.permutation(len(parts)), n_batches)
     return [np.concatenate([parts[i] for i in group]) for group in groups]
@@ -189,8 +191,7 @@ def make_batch(
 ) -> Batch:
     """One training batch; flips and, for a CT, another scanner are drawn from `rng`."""
     flips = tuple(axis for axis in FLIPS if settings.augment and rng.random() < 0.5)
-    augmentation = rng if settings.augment else None
-    x = make_input(data, rows, scale, settings.device, flips, augmentation)
+    x = make_input(data, rows, scale, settings.device, flips, rng if settings.augment else None)
     target = _to_unit_range(data.targets[rows], scale).to(settings.device)
     return Batch(x, target, ridge_prediction(data, rows, scale, settings.device), flips)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ctsma.common import InputError
+from ctsma.models import quasi_demeaning
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,10 @@ def knee_level_mse(error: Tensor, knees: Tensor, rho: Tensor) -> Tensor:
     per knee (Simchoni & Rosset 2023, JMLR 24:156); rho = 0 gives the MSE.
     """
     counts = torch.bincount(knees).to(error.dtype)[:, None]
-    theta = 1 - torch.sqrt((1 - rho) / (1 - rho + counts * rho))
     means = error.new_zeros(len(counts), error.shape[1]).index_add(0, knees, error) / counts
-    return (error - (theta * means)[knees]).square().sum() / max(1, error.numel())
+    return (error - (quasi_demeaning(rho, counts) * means)[knees]).square().sum() / max(
+        1, error.numel()
+    )
 
 
 def feature_l1(batch: DistillationBatch) -> Tensor:

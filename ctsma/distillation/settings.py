@@ -1,5 +1,7 @@
 """Settings of a training run."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from ctsma.models import WIDTHS
@@ -10,7 +12,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    size: str = "compact"
+    size: Literal["compact", "paper"] = "compact"
     widths: tuple[int, int, int] = WIDTHS
     epochs: int = Field(24, ge=1)
     batch_size: int = Field(32, ge=2)

@@ -133,7 +133,7 @@ def train(
     if settings.batch_size > len(fold.fit):
         problem = f"is {settings.batch_size}, more than the {len(fold.fit)} patches to fit"
         raise InputError("batch_size", problem, "choose a smaller one")
-    n_batches = len(knee_batches(data, fold.fit, settings, np.random.default_rng()))
+    n_batches = len(knee_batches(data, fold, settings, np.random.default_rng()))
     rho = torch.tensor(fold.scale["rho"], dtype=torch.float32, device=settings.device)
     n_steps = settings.epochs * n_batches
     schedule = OneCycleLR(optimizer, settings.learning_rate, total_steps=n_steps)
@@ -147,7 +147,7 @@ def train(
     for epoch in range(len(curves), settings.epochs):
         network.train()
         fit_mse = fit_distillation = 0.0
-        for rows in knee_batches(data, fold.fit, settings, rng):
+        for rows in knee_batches(data, fold, settings, rng):
             batch = make_batch(data, rows, fold.scale, settings, rng)
             target_outputs = teacher.outputs(rows, batch.flips) if teacher else None
             with autocast(settings):
@@ -166,9 +166,8 @@ def train(
                     outputs = Outputs(prediction, cam, maps)
                     compared = DistillationBatch(outputs, target_outputs, region)
                     distillation = distillation_loss(compared, loss_weights)
-            loss = supervised + distillation
             optimizer.zero_grad()
-            loss.backward()
+            (supervised + distillation).backward()
             optimizer.step()
             schedule.step()
             average.update_parameters(network)

@@ -143,8 +143,7 @@ def label_masks(labels: sitk.Image, ct: sitk.Image) -> sitk.Image:
     on_coarse = sitk.GetArrayFromImage(sitk.Resample(masks, coarse, *options))
     facing_mm2 = _facing_mm2(on_coarse, BONES["femur"], BONES["tibia"])
     if facing_mm2 < MIN_FACING_MM2:
-        problem = f"show {facing_mm2:.0f} mm2 of femur (value 1) above tibia (value 2)"
-        problem += f" (at least {MIN_FACING_MM2:.0f} mm2)"
+        problem = f"show {facing_mm2:.0f} mm2 of femur (value 1) above tibia (value 2), too few"
         raise InputError("bone labels", problem, "exchange the values")
     return masks
 

@@ -10,12 +10,13 @@ from itertools import product
 
 import numpy as np
 import SimpleITK as sitk
+from scipy import fft
 
 from ctsma.common import BONES, InputError
 
 from .masks import isotropic
 from .quality import failure_reason, flexion_deg
-from .trabeculae import INTERIOR_DEPTH_MM, best_shift, highpass, interior, registration_metrics
+from .trabeculae import highpass, interior, refine, registration_metrics
 from .transforms import Rigid, image_centre, recentred, rigid_transform, rotation_matrix
 
 # Exhaustive start: CT voxels (4 mm on a 60 mm box, 6 mm on a knee; design choice), edge of the
@@ -41,26 +42,26 @@ class Level:
     ----------
     spacing_mm : of the isotropic grid. step_mm : first step of the optimiser.
     margin_mm : of the mask around the bone; 0 to 12 mm were alike on a 0.8 mm grid.
-    n_samples : voxels of the metric, 0 for all.
-    correlation : whether the metric is the squared correlation instead of mutual information.
+    n_samples : voxels drawn for the metric from the box of the mask, 0 for all.
     """
 
     spacing_mm: float
     step_mm: float
     margin_mm: float = 3.0
     n_samples: int = 0
-    correlation: bool = False
 
 
-WHOLE_KNEE = (Level(4.0, 3.0), Level(2.0, 1.5))
+# With all voxels the last stage starts nearer to the truth (on twelve knees by 0.05 mm at the tibia
+# and 0.34 mm at the femur, medians) and ends alike (design choice).
+WHOLE_KNEE = (Level(4.0, 3.0), Level(2.0, 1.5, n_samples=20_000))
 # At 4 mm a bone of a simulated knee ended in a false maximum.
-PER_BONE = (Level(2.0, 1.5, margin_mm=6.0), Level(1.0, 0.6))
-TRABECULAE = Level(0.5, 0.2, margin_mm=-INTERIOR_DEPTH_MM, n_samples=60_000, correlation=True)
+PER_BONE = (Level(2.0, 1.5, margin_mm=6.0, n_samples=20_000), Level(1.0, 0.6, n_samples=40_000))
+TRABECULAE_SPACING_MM = 0.5  # of the isotropic grids of the last stage (design choice)
 
 
 @dataclass
 class Optimum:
-    """Result of one level: the transform and the metric there (nats, or squared correlation)."""
+    """Result of one level: the transform and the metric there (nats, or correlation)."""
 
     transform: Rigid
     spacing_mm: float
@@ -125,7 +126,9 @@ def register_knee(ct: sitk.Image, mr: sitk.Image, masks: sitk.Image, *, seed: in
             raise InputError("masks", f"hold no {bone}", "give labels of both bones on the CT grid")
     spacings_mm = {level.spacing_mm for level in WHOLE_KNEE + PER_BONE}
     pyramid = {spacing: (isotropic(ct, spacing), isotropic(mr, spacing)) for spacing in spacings_mm}
-    ct_fine, mr_fine = (highpass(isotropic(image, TRABECULAE.spacing_mm)) for image in (ct, mr))
+    box = _mask_shape(masks > 0).GetBoundingBox(1)  # the last stage sees nothing else of the CT
+    pair = sitk.RegionOfInterest(ct, box[3:], box[:3]), mr
+    ct_fine, mr_fine = (highpass(isotropic(image, TRABECULAE_SPACING_MM)) for image in pair)
     depths_mm = bone_depths_mm(masks)
 
     starts = starting_transforms(ct, mr)
@@ -138,7 +141,7 @@ def register_knee(ct: sitk.Image, mr: sitk.Image, masks: sitk.Image, *, seed: in
     whole = levels[-1].transform
 
     joint = np.mean([_mask_shape(depth > 0).GetCentroid(1) for depth in depths_mm.values()], axis=0)
-    flexed = [flexed_start(whole, joint, angle_deg) for angle_deg in FLEXIONS_DEG]
+    flexed = [recentred(whole, joint, (angle, 0, 0)) for angle in FLEXIONS_DEG]
     per_bone, final, metrics = {}, {}, {}
     for bone, depth_mm in depths_mm.items():
         levels = multiresolution_optimise(flexed, pyramid, PER_BONE, depth_mm, seed)
@@ -194,7 +197,7 @@ def starting_transforms(ct: sitk.Image, mr: sitk.Image) -> list[tuple[float, Rig
         mr_classes = np.where(grey < OUTSIDE / 2, -1, np.digitize(grey, mr_edges))
         mr_spectrum = _class_spectrum(mr_classes, N_MR_CLASSES)
         joint_spectrum = mr_spectrum[None] * ct_spectrum[:, None]
-        joint_counts = np.fft.irfftn(joint_spectrum, s=(n, n, n), axes=(2, 3, 4))
+        joint_counts = fft.irfftn(joint_spectrum, s=(n, n, n), axes=(2, 3, 4))
         score = _likelihood_ratio(np.maximum(joint_counts, 0.0))
         shift = np.array(np.unravel_index(score.argmax(), score.shape))
         shift = (shift - first_shift) % n + first_shift
@@ -206,7 +209,7 @@ def starting_transforms(ct: sitk.Image, mr: sitk.Image) -> list[tuple[float, Rig
 
 def _class_spectrum(classes: np.ndarray, n: int) -> np.ndarray:
     indicators = np.stack([classes == k for k in range(n)]).astype(np.float32)
-    return np.fft.rfftn(indicators, axes=(1, 2, 3))
+    return fft.rfftn(indicators, axes=(1, 2, 3))
 
 
 def _likelihood_ratio(joint: np.ndarray) -> np.ndarray:
@@ -218,13 +221,6 @@ def _likelihood_ratio(joint: np.ndarray) -> np.ndarray:
 
     ct_counts, mr_counts, total = joint.sum(1), joint.sum(0), joint.sum((0, 1))[None]
     return sum_n_log_n(joint) - sum_n_log_n(ct_counts) - sum_n_log_n(mr_counts) + sum_n_log_n(total)
-
-
-def flexed_start(transform: Rigid, joint: np.ndarray, angle_deg: float) -> Rigid:
-    """Flexion about the left-right axis (x) through the joint in CT space, then the transform."""
-    flexion = np.reshape(rotation_matrix([angle_deg, 0.0, 0.0]), (3, 3))
-    matrix = np.reshape(transform.GetMatrix(), (3, 3)) @ flexion
-    return rigid_transform(matrix, joint, recentred(transform, joint).GetTranslation())
 
 
 def multiresolution_optimise(starts, pyramid, levels, depth_mm, seed) -> list[Optimum]:
@@ -265,10 +261,9 @@ def align_trabeculae(ct, mr, depth_mm, start, seed) -> tuple[Optimum, dict[str, 
     The optimum, and the `registration_metrics` of its transform.
     """
     points, grey = interior(ct, depth_mm, seed)
-    shifted = best_shift(points, grey, mr, start)
-    fixed, mask = _near_bone(ct, depth_mm, TRABECULAE.margin_mm)
-    end = optimise(fixed, mr, mask, shifted, TRABECULAE, seed)
-    return end, registration_metrics(points, grey, mr, end.transform)
+    end, iterations, stop = refine(points, grey, ct, mr, start)
+    metrics = registration_metrics(points, grey, mr, end)
+    return Optimum(end, mr.GetSpacing()[0], metrics["correlation"], iterations, stop), metrics
 
 
 def optimise(fixed, moving, mask, start, level, seed) -> Optimum:
@@ -277,14 +272,11 @@ def optimise(fixed, moving, mask, start, level, seed) -> Optimum:
     Where CT and MR hardly overlap the metric is 0, and `stop` says why.
     """
     method = sitk.ImageRegistrationMethod()
-    if level.correlation:
-        method.SetMetricAsCorrelation()
-    else:
-        method.SetMetricAsMattesMutualInformation(N_BINS)
+    method.SetMetricAsMattesMutualInformation(N_BINS)
     if mask is not None:
         method.SetMetricFixedMask(mask)
     if level.n_samples:
-        share = min(1.0, level.n_samples / sitk.GetArrayViewFromImage(mask).sum())
+        share = min(1.0, level.n_samples / fixed.GetNumberOfPixels())
         method.SetMetricSamplingStrategy(method.RANDOM)
         method.SetMetricSamplingPercentage(share, seed + 1)  # 0 is the wall clock: not repeatable
     # ITK's smoothed gradient image cost about 0.1 mm on phantoms; use differences of the image.
@@ -295,7 +287,6 @@ def optimise(fixed, moving, mask, start, level, seed) -> Optimum:
         learningRate=level.step_mm,
         minStep=level.step_mm / 40,
         numberOfIterations=MAX_ITERATIONS,
-        relaxationFactor=0.5,
         gradientMagnitudeTolerance=1e-9,
     )
     method.SetOptimizerScales([ROTATION_ARM_MM**2] * 3 + [1.0] * 3)
@@ -328,5 +319,6 @@ def _near_bone(image, depth_mm, margin_mm) -> tuple[sitk.Image, sitk.Image]:
 
 def _mask_shape(mask: sitk.Image) -> sitk.LabelShapeStatisticsImageFilter:
     shape = sitk.LabelShapeStatisticsImageFilter()
+    shape.ComputePerimeterOff()
     shape.Execute(mask)
     return shape

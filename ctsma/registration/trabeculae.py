@@ -12,14 +12,18 @@ from itertools import product
 import numpy as np
 import SimpleITK as sitk
 
-from .transforms import Rigid, apply_rigid, sample_points, voxel_axes
+from .transforms import Rigid, apply_rigid, recentred, sample_points, voxel_axes, voxel_index
 
 HIGHPASS_SD_MM = 1.0  # trabeculae are 0.4 to 1 mm apart (design choice)
 # Below the surface: 3 SD from the subchondral plate of 1 mm, whose edge is alike in all knees.
 INTERIOR_DEPTH_MM = 4.0
-SEARCH_MM, SEARCH_STEP_MM = 2.0, 0.5  # correlation vanishes within 0.75 to 1 mm (design choice)
-N_SEARCH, N_METRIC = 5000, 50_000  # voxels for the search, and for the metric (design choice)
+SEARCH_MM = 2.0  # in steps of a voxel; correlation vanishes within 0.75 to 1 mm (design choice)
+N_SEARCH, N_METRIC = 5000, 50_000  # voxels for the search, and for the rest (design choice)
 CLIP_PERCENT = 1.0  # of the grey values at each end, against metal (design choice)
+# Gauss-Newton, in mean motion of the voxels: the longest step is half a trabecular spacing, and
+# the shortest a hundredth of it; 5 to 15 iterations are used (design choice).
+MAX_STEP_MM, MIN_STEP_MM, MAX_ITERATIONS = 0.5, 0.005, 30
+MAX_MOTION_MM = 3.0  # from the search; beyond, other trabeculae agree by chance (design choice)
 MIN_VOXELS = 1000  # of 0.5 mm; with fewer, a bone is not in the field of view (design choice)
 
 
@@ -27,7 +31,8 @@ def highpass(image: sitk.Image) -> sitk.Image:
     """Grey values minus their Gaussian mean (SD 1 mm), clipped at both ends; float32, same grid."""
     grey = sitk.Cast(image, sitk.sitkFloat32)
     fine = grey - sitk.SmoothingRecursiveGaussian(grey, HIGHPASS_SD_MM)
-    limits = np.percentile(sitk.GetArrayViewFromImage(fine), (CLIP_PERCENT, 100 - CLIP_PERCENT))
+    some = sitk.GetArrayViewFromImage(fine)[::2, ::2, ::2]  # enough voxels for two percentiles
+    limits = np.percentile(some, (CLIP_PERCENT, 100 - CLIP_PERCENT))
     return sitk.Clamp(fine, sitk.sitkFloat32, *limits.tolist())
 
 
@@ -73,16 +78,62 @@ def registration_metrics(
 
 
 def best_shift(points: np.ndarray, grey: np.ndarray, mr: sitk.Image, start: Rigid) -> Rigid:
-    """`start`, shifted by up to 2 mm along each axis to the largest trabecular correlation."""
-    moved = apply_rigid(start, points)
-    seen = np.flatnonzero(np.isfinite(sample_points(mr, moved)))[:N_SEARCH]
-    steps = np.arange(-SEARCH_MM, SEARCH_MM + SEARCH_STEP_MM / 2, SEARCH_STEP_MM)
-    shifts = sorted(product(steps, repeat=3), key=np.linalg.norm)  # the nearest of equal ones
-    scores = [
-        trabecular_correlation(grey[seen], sample_points(mr, moved[seen] + shift))
-        for shift in shifts
-    ]
+    """`start`, shifted by up to 2 mm along each MR axis to the largest trabecular correlation.
+
+    The shifts are whole MR voxels. The MR is not interpolated: `refine` corrects the rounding.
+    """
+    n = round(SEARCH_MM / mr.GetSpacing()[0])
+    index = np.rint(voxel_index(mr, apply_rigid(start, points[:N_SEARCH]))).astype(int)
+    inside = ((index >= n) & (index < np.array(mr.GetSize()) - n)).all(axis=1)
+    index, hu = index[inside], grey[:N_SEARCH][inside]
+    values, steps = sitk.GetArrayViewFromImage(mr).ravel(), np.cumprod([1, *mr.GetSize()[:2]])
+    shifts = sorted(product(range(-n, n + 1), repeat=3), key=np.linalg.norm)  # nearest of equals
+    scores = [trabecular_correlation(hu, values[(index + shift) @ steps]) for shift in shifts]
     shifted = sitk.Euler3DTransform(start)
-    best = shifts[int(np.argmax(scores))]
-    shifted.SetTranslation(np.add(start.GetTranslation(), best).tolist())
+    best_mm = voxel_axes(mr) @ shifts[int(np.argmax(scores))]
+    shifted.SetTranslation((start.GetTranslation() + best_mm).tolist())
     return shifted
+
+
+def refine(points, grey, ct, mr, start) -> tuple[Rigid, int, str]:
+    """Gauss-Newton iterations from `best_shift` to the largest trabecular correlation.
+
+    The MR is fitted by the CT and its derivatives with respect to rotation and translation. Their
+    coefficients, divided by that of the CT, are the motion that remains. The derivatives are the
+    CT's because those of the MR hold more noise, which would shorten the steps. A step that does
+    not raise the correlation, or ends more than 3 mm from the search, is halved.
+
+    Parameters
+    ----------
+    points, grey : `interior` of a bone. ct, mr : high-pass filtered. start : within about 2 mm.
+
+    Returns
+    -------
+    The transform of the highest correlation, the number of iterations, and where they stopped.
+    """
+    shifted, centre, half = best_shift(points, grey, mr, start), points.mean(axis=0), np.eye(3) / 2
+    slopes = [sample_points(ct, points + mm) - sample_points(ct, points - mm) for mm in half]
+    gradient = np.nan_to_num(np.transpose(slopes))  # per mm; 0 at the border of the image
+    turns = np.cross(points - centre, gradient)
+    columns = np.column_stack([turns, gradient, grey, np.ones(len(grey))])
+    transform, best, highest, step_mm = shifted, shifted, 0.0, 0.0
+    first, iterations = apply_rigid(shifted, points), 0
+    while True:
+        iterations += 1
+        moved = apply_rigid(transform, points)
+        mr_grey = sample_points(mr, moved)
+        correlation = trabecular_correlation(grey, mr_grey)
+        is_near = np.linalg.norm(moved - first, axis=1).mean() < MAX_MOTION_MM
+        if is_near and correlation > highest:
+            best, highest, seen = transform, correlation, np.isfinite(mr_grey)
+            known = columns[seen]
+            fit = np.linalg.lstsq(known.T @ known, known.T @ mr_grey[seen])[0]
+            rotation, shift = -fit[:3] / fit[6], -fit[3:6] / fit[6]
+            motion_mm = np.linalg.norm(np.cross(rotation, points - centre) + shift, axis=1).mean()
+            step_mm = min(motion_mm, MAX_STEP_MM)
+        else:  # too long a step: shorten it
+            step_mm /= 2
+        if step_mm < MIN_STEP_MM or iterations == MAX_ITERATIONS:
+            return best, iterations, f"correlation {highest:.3f}, next step {step_mm:.4f} mm"
+        share = step_mm / motion_mm
+        transform = recentred(best, centre, np.rad2deg(share * rotation), share * shift)

@@ -30,10 +30,15 @@ def rotation_matrix(vector_deg: Sequence) -> tuple:
     return sitk.VersorTransform(axis, np.deg2rad(angle_deg)).GetMatrix()
 
 
-def recentred(transform: Rigid, centre: Sequence) -> Rigid:
-    """The same motion, with its rotation written about another centre."""
-    image = transform.TransformPoint([float(value) for value in centre])
-    return rigid_transform(transform.GetMatrix(), centre, np.subtract(image, centre))
+def recentred(transform: Rigid, centre: Sequence, vector_deg=(0, 0, 0), shift=(0, 0, 0)) -> Rigid:
+    """The transform with its rotation written about another centre.
+
+    Before it, CT points may be turned about this centre (rotation vector) and shifted.
+    """
+    turn = np.reshape(rotation_matrix(vector_deg), (3, 3))
+    matrix = np.reshape(transform.GetMatrix(), (3, 3)) @ turn
+    image = transform.TransformPoint(np.add(centre, shift).astype(float).tolist())
+    return rigid_transform(matrix, centre, np.subtract(image, centre))
 
 
 def apply_rigid(transform: Rigid, points_lps: np.ndarray) -> np.ndarray:
@@ -60,8 +65,12 @@ def image_centre(image: sitk.Image) -> np.ndarray:
     return np.array(image.TransformContinuousIndexToPhysicalPoint(index))
 
 
+def voxel_index(image: sitk.Image, points_lps: np.ndarray) -> np.ndarray:
+    """Continuous voxel index (x, y, z) of points in an image; (n, 3) to (n, 3)."""
+    return (points_lps - np.array(image.GetOrigin())) @ np.linalg.inv(voxel_axes(image)).T
+
+
 def sample_points(image: sitk.Image, points_lps: np.ndarray) -> np.ndarray:
     """Linear interpolation of an image at points (n, 3); returns (n,), NaN outside the image."""
-    offsets = (points_lps - np.array(image.GetOrigin())).T
-    index = np.linalg.solve(voxel_axes(image), offsets)[::-1]
+    index = voxel_index(image, points_lps).T[::-1]
     return ndimage.map_coordinates(sitk.GetArrayViewFromImage(image), index, order=1, cval=np.nan)
