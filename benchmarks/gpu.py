@@ -2,11 +2,12 @@
 
     python benchmarks/gpu.py patches.npz.xz --out speed.json --minutes 2
 
-For teacher and student on each grid, several batch sizes, with and without torch.compile and CUDA
-graph: patches and floating-point operations per second of a whole training step (input, loss,
-gradient, AdamW), the share of the rate of a plain 3D convolution, and the peak of memory. The plain
-convolution is 3 x 3 x 3, 64 channels to 64, in the same precision, batch and grid, forward and
-backward, without anything else. A layout other than channels last is measured at one batch size.
+For teacher, student and eight students side by side on each grid, several batch sizes, with and
+without CUDA graph: patches and floating-point operations per second of a whole training step
+(input, loss, gradient, AdamW), the share of the rate of a plain 3D convolution, and the peak of
+memory. The plain convolution is 3 x 3 x 3, 64 channels to 64, in the same precision, batch and
+grid, forward and backward, without anything else. A layout other than channels last is measured
+at one batch size, and torch.compile with --compile alone, because it takes minutes.
 """
 
 import argparse
@@ -20,15 +21,17 @@ import torch
 import torch._dynamo
 from packed import BadInput, read_packed, run_main, write_json
 from packed_networks import GRIDS
-from packed_training import PER_KNEE, Arm, Resident, Speed, Trainer, check_device
+from packed_training import PER_KNEE, Arm, Group, Resident, Speed, check_device
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-ROLES = {"teacher": Arm("teacher", role="teacher"), "student": Arm("ct_only")}
+ROLES = {"teacher": [Arm("teacher", role="teacher")], "student": [Arm("ct_only")]}
+ROLES["8 students"] = ROLES["student"] * 8
 PLAIN_CHANNELS = 64
-COMPACT_GRID = {"teacher": (12, 12, 12), "student": (12, 12, 12)}  # of the first stage
+COMPACT_GRID = (12, 12, 12)  # of the first stage
 REPEATS = 5
-MODES = {"eager": (False, False), "graph": (False, True), "compile": (True, True)}
+MODES = {"eager": (False, False), "graph": (False, True)}
+COMPILE = {"compile": (True, True)}
 
 
 def best_seconds(step: Callable[[], None], cuda: bool) -> float:
@@ -90,7 +93,7 @@ def measure(
 
     A mode that falls back to a simpler one is announced, and the row says what really ran.
     """
-    cuda, (compiled, graphs) = patches.device.startswith("cuda"), MODES[mode]
+    cuda, (compiled, graphs) = patches.device.startswith("cuda"), (MODES | COMPILE)[mode]
     row = {"size": size, "role": role, "batch": n_knees * PER_KNEE, "mode": mode, "layout": layout}
     torch._dynamo.reset()
     if cuda:
@@ -98,40 +101,44 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        trainer = Trainer(ROLES[role], size, patches, n_knees, Speed(bfloat16, compiled, graphs))
-        if layout == "contiguous":
-            trainer.model = ContiguousInput(trainer.network)
-        trainer.network.train()
-        n_operations = counted(trainer)
-        trainer.prepare()
+        group = Group(ROLES[role], size, patches, n_knees, Speed(bfloat16, compiled, graphs))
+        for member in group.members if layout == "contiguous" else ():
+            member.model = ContiguousInput(member.network)
+        n_operations = counted(group)
+        group.prepare()
     except (BadInput, torch.OutOfMemoryError):
         return row | {"fits": False}
-    row |= {"fits": True, "compiled": trainer.model is not trainer.network and compiled}
-    row["graph"] = trainer.graph is not None
-    step = trainer.graph.replay if trainer.graph else trainer.step
+    row |= {"fits": True, "graph": group.graph is not None}
+    step, n_patches = group.graph.replay if group.graph else group.step, row["batch"]
+    n_patches *= len(group.members)
     taken = best_seconds(step, cuda)
-    row |= {"patches_per_s": row["batch"] / taken, "tflops": n_operations / taken / 1e12}
-    row["gflop_per_patch"] = n_operations / row["batch"] / 1e9
+    row |= {"patches_per_s": n_patches / taken, "tflops": n_operations / taken / 1e12}
+    row["gflop_per_patch"] = n_operations / n_patches / 1e9
     if cuda:
         row["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return row
 
 
-def counted(trainer: Trainer) -> int:
+def counted(group: Group) -> int:
     """Operations of one step, counted without compilation."""
-    model, trainer.model = trainer.model, trainer.network
-    n_operations = operations(trainer.step)
-    trainer.model = model
+    models = [member.model for member in group.members]
+    for member in group.members:
+        member.network.train()
+        member.model = member.network
+    n_operations = operations(group.step)
+    for member, model in zip(group.members, models, strict=True):
+        member.model = model
     return n_operations
 
 
-def cases(sizes: list[str], knees: list[int]) -> list[tuple]:
+def cases(sizes: list[str], knees: list[int], compiles: bool = False) -> list[tuple]:
     """What is measured, in order: the default batch in all modes first."""
     channels_last, networks = "channels_last_3d", list(product(sizes, ROLES))
-    found = [(*network, knees[0], mode, channels_last) for network in networks for mode in MODES]
-    found += [(*network, knees[0], "eager", "contiguous") for network in networks]
-    others = product(networks, knees[1:])
-    return found + [(*network, n, "compile", channels_last) for network, n in others]
+    modes = MODES | (COMPILE if compiles else {})
+    found = [(*network, knees[0], mode, channels_last) for mode in modes for network in networks]
+    single = [network for network in networks if len(ROLES[network[1]]) == 1]
+    found += [(*network, knees[0], "eager", "contiguous") for network in single]
+    return found + [(*network, n, "graph", channels_last) for n in knees[1:] for network in single]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -146,6 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="+", choices=GRIDS, default=list(GRIDS))
     parser.add_argument("--knees", type=int, nargs="+", default=[4, 2, 8], help="in a batch")
     parser.add_argument("--minutes", type=float, default=2)
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
     given = parser.parse_args(arguments)
     deadline, bfloat16 = time.perf_counter() + 60 * given.minutes, given.precision == "bfloat16"
     check_device(given.device, bfloat16)
@@ -164,13 +172,13 @@ def main(arguments: list[str] | None = None) -> None:
         "missing": [],
     }
     rates = {}
-    for size, role, n_knees, mode, layout in cases(given.sizes, given.knees):
+    for size, role, n_knees, mode, layout in cases(given.sizes, given.knees, given.compile):
         if time.perf_counter() > deadline:
             found["missing"].append([size, role, n_knees * PER_KNEE, mode, layout])
             continue
         row = measure(patches, role, size, n_knees, mode, layout, bfloat16)
         if row["fits"]:
-            grid = GRIDS[size]["teacher"] or COMPACT_GRID[role]
+            grid = GRIDS[size]["teacher"] or COMPACT_GRID
             batch = row["batch"]
             if (batch, grid) not in rates:
                 rates[batch, grid] = plain_rate(batch, grid, given.device, bfloat16)

@@ -23,26 +23,64 @@ COMPACT_WIDTHS, COMPACT_STRIDE = (16, 16, 32), {"teacher": 4, "student": 2}
 N_STAGES = {"compact": 3, "published": 5, "native": 5}
 
 
+class Convolution(nn.Conv3d):
+    """A 3D convolution of maps in the layout channels last, in the form that is fastest on a GPU.
+
+    1 x 1 x 1: a matrix product. Within slices: a 2D convolution of all slices, whose algorithm is
+    found in a tenth of the time. The weights are those of `Conv3d`, and the result differs by
+    rounding alone. With `SPLIT` False every one is a 3D convolution, for comparison.
+    """
+
+    SPLIT = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, n_in, slices, rows, columns) -> (B, n_out, ...)."""
+        if self.SPLIT and self.kernel_size == (1, 1, 1):
+            a, b, c = self.stride
+            voxels = x[:, :, ::a, ::b, ::c].movedim(1, -1)
+            return functional.linear(voxels, self.weight.flatten(1), self.bias).movedim(-1, 1)
+        if self.SPLIT and self.kernel_size[0] == self.stride[0] == 1:
+            slices = x.movedim(1, -1).flatten(0, 1).movedim(-1, 1)
+            in_plane = self.stride[1:], self.padding[1:]
+            y = functional.conv2d(slices, self.weight[:, :, 0], self.bias, *in_plane)
+            return y.movedim(1, -1).unflatten(0, (len(x), -1)).movedim(-1, 1)
+        return super().forward(x)
+
+
+class Upsampling(nn.ConvTranspose3d):
+    """A transposed convolution whose stride is its kernel, as a matrix product of every voxel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, n_in, ...) -> (B, n_out, ...), axes larger by the stride."""
+        if not Convolution.SPLIT:
+            return super().forward(x)
+        weight = self.weight.permute(2, 3, 4, 1, 0).flatten(0, 3)
+        bias = self.bias.repeat(len(weight) // len(self.bias))
+        boxes = functional.linear(x.movedim(1, -1), weight, bias)
+        boxes = boxes.unflatten(-1, (*self.kernel_size, -1)).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        return boxes.flatten(1, 2).flatten(2, 3).flatten(3, 4).movedim(-1, 1)
+
+
 class ResidualBlock(nn.Module):
     """Two convolutions and a shortcut: `UnetResBlock` of MONAI."""
 
     def __init__(self, n_in: int, n_out: int, kernel: Sequence[int], stride: int = 1):
         super().__init__()
         padding = [k // 2 for k in kernel]
-        self.conv1 = nn.Conv3d(n_in, n_out, kernel, stride, padding, bias=False)
-        self.conv2 = nn.Conv3d(n_out, n_out, kernel, 1, padding, bias=False)
+        self.conv1 = Convolution(n_in, n_out, kernel, stride, padding, bias=False)
+        self.conv2 = Convolution(n_out, n_out, kernel, 1, padding, bias=False)
         self.norm1, self.norm2 = nn.BatchNorm3d(n_out), nn.BatchNorm3d(n_out)
         self.projects = n_in != n_out or stride != 1
         if self.projects:
-            self.conv3 = nn.Conv3d(n_in, n_out, 1, stride, bias=False)
+            self.conv3 = Convolution(n_in, n_out, 1, stride, bias=False)
             self.norm3 = nn.BatchNorm3d(n_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, n_in, ...) -> (B, n_out, ...)."""
-        y = functional.leaky_relu(self.norm1(self.conv1(x)), 0.01)
+        y = functional.leaky_relu(self.norm1(self.conv1(x)), 0.01, inplace=True)
         y = self.norm2(self.conv2(y))
         shortcut = self.norm3(self.conv3(x)) if self.projects else x
-        return functional.leaky_relu(y + shortcut, 0.01)
+        return functional.leaky_relu(y + shortcut, 0.01, inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -51,21 +89,21 @@ class Bottleneck(nn.Module):
     def __init__(self, n_in: int, width: int, stride: int):
         super().__init__()
         n_out = 4 * width
-        self.conv1, self.bn1 = nn.Conv3d(n_in, width, 1, bias=False), nn.BatchNorm3d(width)
-        self.conv2 = nn.Conv3d(width, width, 3, stride, 1, bias=False)
+        self.conv1, self.bn1 = Convolution(n_in, width, 1, bias=False), nn.BatchNorm3d(width)
+        self.conv2 = Convolution(width, width, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm3d(width)
-        self.conv3, self.bn3 = nn.Conv3d(width, n_out, 1, bias=False), nn.BatchNorm3d(n_out)
+        self.conv3, self.bn3 = Convolution(width, n_out, 1, bias=False), nn.BatchNorm3d(n_out)
         self.projects = stride != 1 or n_in != n_out
         if self.projects:
-            shortcut = nn.Conv3d(n_in, n_out, 1, stride)
+            shortcut = Convolution(n_in, n_out, 1, stride)
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm3d(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, n_in, ...) -> (B, 4 width, ...)."""
-        y = functional.relu(self.bn1(self.conv1(x)))
-        y = functional.relu(self.bn2(self.conv2(y)))
+        y = functional.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = functional.relu(self.bn2(self.conv2(y)), inplace=True)
         y = self.bn3(self.conv3(y))
-        return functional.relu(y + (self.downsample(x) if self.projects else x))
+        return functional.relu(y + (self.downsample(x) if self.projects else x), inplace=True)
 
 
 class Network(nn.Module):
@@ -131,7 +169,7 @@ def _compact(role: str, channels: int) -> Network:
     first, middle, last = COMPACT_WIDTHS
     s = COMPACT_STRIDE[role]
     stem = nn.Sequential(
-        nn.Conv3d(channels, first, (1, 3 * s, 3 * s), (1, s, s), (0, s, s), bias=False),
+        Convolution(channels, first, (1, 3 * s, 3 * s), (1, s, s), (0, s, s), bias=False),
         nn.BatchNorm3d(first),
         nn.ReLU(),
     )
@@ -145,7 +183,7 @@ def _compact(role: str, channels: int) -> Network:
 
 def _published(size: str, role: str, channels: int, sigmoid: bool) -> Network:
     first = nn.Sequential(
-        nn.Conv3d(64, 64, (1, 7, 7), (1, 2, 2), (0, 3, 3), bias=False),
+        Convolution(64, 64, (1, 7, 7), (1, 2, 2), (0, 3, 3), bias=False),
         nn.BatchNorm3d(64),
         nn.ReLU(),
         nn.MaxPool3d(3, 2, 1),
@@ -166,7 +204,7 @@ def _published(size: str, role: str, channels: int, sigmoid: bool) -> Network:
         )
     else:
         one, two = TRANSPOSED[size]
-        up = [nn.ConvTranspose3d(channels, 64, one, one), nn.ReLU()]
-        stem = nn.Sequential(*up, nn.ConvTranspose3d(64, 64, two, two), nn.ReLU())
+        up = [Upsampling(channels, 64, one, one), nn.ReLU(inplace=True)]
+        stem = nn.Sequential(*up, Upsampling(64, 64, two, two), nn.ReLU(inplace=True))
     head = nn.Sequential(nn.Linear(n_in, 61), nn.Linear(61, 4))
     return Network(stem, stages, head, GRIDS[size][role], published=True, sigmoid=sigmoid)

@@ -1,4 +1,4 @@
-"""Training of one network at a time on patches that stay on the device, with torch and numpy.
+"""Training of networks side by side on patches that stay on the device, with torch and numpy.
 
 Loss, batches and augmentation are those of ctsma.distillation, with these differences. Every batch
 has the same shape: a part of a knee with fewer patches than `PER_KNEE` is filled with patches of
@@ -7,12 +7,12 @@ subjects. A step has fixed addresses, so that a CUDA graph can repeat it for eve
 """
 
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch._dynamo
 from packed import RHO_OF, BadInput, Packed
 from packed_networks import build
 from torch import Tensor
@@ -42,10 +42,14 @@ class Arm:
     gamma: float = 0.0
     last_stage: bool = False
 
-    @property
-    def kind(self) -> tuple:
-        """Arms of one kind share a network in memory, its compiled code and its CUDA graph."""
-        return self.role, self.cortex, self.residual, self.gamma > 0
+
+@dataclass(frozen=True)
+class Speed:
+    """How networks are run."""
+
+    bfloat16: bool = True
+    compiled: bool = False
+    graphs: bool = True
 
 
 def check_device(device: str, bfloat16: bool) -> None:
@@ -63,8 +67,7 @@ class Resident:
 
     def __init__(self, data: Packed, device: str):
         self.data, self.device = data, device
-        # Memory that all CUDA graphs share: only one of them runs at a time
-        self.pool = torch.cuda.graph_pool_handle() if device.startswith("cuda") else None
+        self.graphs = weakref.WeakSet()  # they share their memory: one of them runs at a time
         region = data.voi.reshape(-1, 12, 24, 2, 24, 2).sum((3, 5), dtype=np.uint8)
         gain = data.relative_mr()
         arrays = {"mr": data.mr, "ct": data.ct, "voi": data.voi, "region": region}
@@ -95,27 +98,27 @@ class Resident:
         level, step = (v[rows].view(-1, 1, 1, 1) for v in (self.mr_level, self.mr_step))
         return level + step * self.images["mr"][rows].float()
 
-    def input(self, arm: Arm, rows: Tensor, flips: Tensor, augment: bool) -> Tensor:
+    def input(self, role: str, rows: Tensor, flips: Tensor, augment: bool) -> Tensor:
         """Network input (B, channels, slices, rows, columns), flipped alike for CT and MR.
 
-        rows (B,), flips (2,) bool are on the device. With `augment` a CT is that of another
-        scanner, as `augment_ct` of ctsma.distillation.data.
+        Image and region; for the student calibrated HU third. rows (B,), flips (2,) bool are on
+        the device. With `augment` a CT is that of another scanner, as `augment_ct` of
+        ctsma.distillation.data.
         """
-        if arm.role == "teacher":
+        if role == "teacher":
             mean, sd = self.centre["mr"]
             channels = [(self._mr(rows) - mean) / sd, self.images["voi"][rows].float()]
         else:
             hu = self.images["ct"][rows].float()
             hu = (augmented(hu) if augment else hu).clamp(*HU_RANGE)
             mean, sd = self.centre["ct"]
+            cortex = self.cortical_hu[rows].view(-1, 1, 1, 1)
             channels = [(hu - mean) / sd, self.images["region"][rows].float() / 4]
-            if arm.cortex:
-                cortex = self.cortical_hu[rows].view(-1, 1, 1, 1)
-                channels.append(hu / (TRABECULAR_SHARE * cortex) - 1)
+            channels.append(hu / (TRABECULAR_SHARE * cortex) - 1)
         x = torch.stack(channels, 1)
         for axis, flip in zip(FLIPPED, flips, strict=True):
             x = torch.where(flip, x.flip(axis), x)
-        return x.contiguous(memory_format=torch.channels_last_3d)
+        return x
 
 
 def augmented(hu: Tensor) -> Tensor:
@@ -166,12 +169,12 @@ class TeacherMaps:
         self.maps = [torch.zeros(size, dtype=torch.bfloat16, device=device) for size in sizes]
         self.slot = torch.zeros(n_rows, dtype=torch.long, device=device)
 
-    def fill(self, teacher: "Trainer", rows: np.ndarray, owner: tuple) -> None:
-        """Compute the maps of the rows by the teacher, whose weights are final."""
+    def fill(self, teacher: "Group", rows: np.ndarray, owner: tuple) -> None:
+        """Compute the maps of the rows by the only member of a group, whose weights are final."""
         at = torch.from_numpy(rows).to(self.slot.device)
         self.slot[at] = torch.arange(len(rows), device=at.device)
         for code, flips in enumerate(FLIPS):
-            for start, (_, maps) in teacher.outputs(rows, flips):
+            for start, (_, maps) in teacher.outputs(teacher.members[0], rows, flips):
                 n = min(PORTION, len(rows) - start)
                 first = code * self.n_stored + start
                 for kept, values in zip(self.maps, maps, strict=True):
@@ -184,105 +187,118 @@ class TeacherMaps:
         return [maps[at].movedim(-1, 1) for maps in self.maps]
 
 
-@dataclass(frozen=True)
-class Speed:
-    """How networks are run."""
+class Member:
+    """One network of a group, its optimiser and what its step reads and adds to, all in place."""
 
-    bfloat16: bool = True
-    compiled: bool = True
-    graphs: bool = True
+    def __init__(self, arm: Arm, size: str, device: str, speed: Speed):
+        self.arm, self.size = arm, size
+        self.network = self.built(0).to(device, memory_format=torch.channels_last_3d)
+        self.model = torch.compile(self.network, dynamic=False) if speed.compiled else self.network
+        cuda = device.startswith("cuda")
+        self.stream = torch.cuda.Stream() if cuda else None
+        self.rate, self.squared = (torch.zeros((), device=device) for _ in range(2))
+        options = {"lr": self.rate, "weight_decay": WEIGHT_DECAY, "capturable": cuda}
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), fused=True, **options)
+        self.theta, self.gammas = torch.zeros(4, device=device), torch.zeros(8, device=device)
+
+    def built(self, seed: int) -> torch.nn.Module:
+        """A network with weights drawn from the seed."""
+        channels = 3 if self.arm.cortex else 2
+        return build(self.size, self.arm.role, channels, not self.arm.residual, seed)
+
+    def weights(self) -> list[Tensor]:
+        """What is averaged: weights and running statistics."""
+        return [v for v in self.network.state_dict().values() if v.is_floating_point()]
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Copy weights into the network, in place."""
+        for name, values in self.network.state_dict().items():
+            values.copy_(state[name])
+
+    def own_input(self, x: Tensor) -> Tensor:
+        """The channels that the network reads."""
+        x = x if self.arm.cortex else x[:, :2]
+        return x.contiguous(memory_format=torch.channels_last_3d)
+
+    def step(self, x: Tensor, target: Tensor, teacher: list[Tensor], precision: dict) -> None:
+        """One step: loss, gradient, weights."""
+        with torch.autocast(**precision):
+            prediction, maps = self.model(self.own_input(x))
+        error = (prediction - target).view(-1, PER_KNEE, 4)
+        loss = knee_level_loss(error, self.theta)
+        self.squared.add_(error.detach().square().mean())
+        if self.arm.gamma:
+            for gamma, own, taught in zip(self.gammas[: len(maps)], maps, teacher, strict=True):
+                loss = loss + gamma * (own.float() - taught.float()).abs().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
 
 
-class Trainer:
-    """A network in memory that is trained again and again from new initial weights.
+class Group:
+    """Networks of one role that are trained side by side, again and again from new weights.
+
+    They see the same batches. On a GPU each has a stream of its own, because one network of small
+    maps does not fill the card, and a CUDA graph repeats the step of all of them.
 
     Parameters
     ----------
-    arm : any arm of the kind.
+    arms : of the members; the same arm may occur again, with another learning rate.
     n_knees : knees in a batch, 8 patches of each.
     maps : of the teacher, for distilled arms.
     """
 
     def __init__(
         self,
-        arm: Arm,
+        arms: Sequence[Arm],
         size: str,
         patches: Resident,
         n_knees: int,
         speed: Speed,
         maps: TeacherMaps | None = None,
     ):
-        self.arm, self.size, self.patches, self.speed, self.maps = arm, size, patches, speed, maps
-        device = patches.device
+        self.patches, self.speed, self.maps, device = patches, speed, maps, patches.device
         self.cuda, self.graph, self.n_knees = device.startswith("cuda"), None, n_knees
-        self.network = self._built(0).to(device, memory_format=torch.channels_last_3d)
-        self.model = self.network
-        if speed.compiled:
-            torch._dynamo.config.recompile_limit = 64  # networks of all kinds share their code
-            self.model = torch.compile(self.network, dynamic=False)
-        self.rate = torch.zeros((), device=device)
-        options = {"lr": self.rate, "weight_decay": WEIGHT_DECAY, "capturable": self.cuda}
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), fused=True, **options)
+        self.role, self.ready, self.warm = arms[0].role, False, False
+        self.members = [Member(arm, size, device, speed) for arm in arms]
+        self.distils = any(arm.gamma for arm in arms)
+        kind = device.split(":")[0]
+        self.precision = {"device_type": kind, "dtype": torch.bfloat16, "enabled": speed.bfloat16}
         self.at = torch.arange(n_knees * PER_KNEE, device=device) % len(patches.data.targets)
         self.flips = torch.zeros(2, dtype=torch.bool, device=device)
-        self.theta = torch.zeros(4, device=device)
-        self.gammas = torch.zeros(8, device=device)
-        self.squared = torch.zeros((), device=device)
-        self.ready = self.warm = False  # warm: its time no longer includes compilation
-
-    def _built(self, seed: int) -> torch.nn.Module:
-        channels = 3 if self.arm.cortex else 2
-        return build(self.size, self.arm.role, channels, not self.arm.residual, seed)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Prediction and maps in the chosen precision."""
-        kind = self.patches.device.split(":")[0]
-        with torch.autocast(kind, torch.bfloat16, enabled=self.speed.bfloat16):
-            return self.model(x)
 
     def step(self) -> None:
-        """One step on the rows and flips that are set: input, loss, gradient, weights."""
+        """One step of every member on the rows and flips that are set."""
         patches = self.patches
-        x = patches.input(self.arm, self.at, self.flips, augment=True)
-        prediction, maps = self.forward(x)
-        target = patches.target[self.at]
-        if self.arm.residual:
-            target = target - patches.ridge[self.at]
-        error = (prediction - target).view(-1, PER_KNEE, 4)
-        loss = knee_level_loss(error, self.theta)
-        self.squared.add_(error.detach().square().mean())
-        if self.maps:
-            for i, teacher in enumerate(self.maps.of(self.at, self.flips)):
-                loss = loss + self.gammas[i] * (maps[i].float() - teacher.float()).abs().mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        x = patches.input(self.role, self.at, self.flips, augment=True)
+        target, ridge = patches.target[self.at], patches.ridge[self.at]
+        teacher = self.maps.of(self.at, self.flips) if self.distils else []
+        for member in self.members:
+            own_target = target - ridge if member.arm.residual else target
+            if not self.cuda:
+                member.step(x, own_target, teacher, self.precision)
+                continue
+            member.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(member.stream):
+                member.step(x, own_target, teacher, self.precision)
+        if self.cuda:
+            for member in self.members:
+                torch.cuda.current_stream().wait_stream(member.stream)
 
     def prepare(self) -> None:
-        """Compile, and record the CUDA graph; what fails is announced and left out.
+        """Record the CUDA graph; where that fails it is announced and left out.
 
         Raises BadInput where the batch does not fit into memory, naming one that does.
         """
-        self.network.train()
+        for member in self.members:
+            member.network.train()
         try:
             self.step()
+            if self.cuda and self.speed.graphs:
+                self._record()
         except torch.OutOfMemoryError as error:
             self._refuse_batch(error)
-        except Exception as error:  # a compiler that is missing raises errors of many types
-            if self.model is self.network:
-                raise
-            reason = str(error).strip().splitlines()[0][:100]
-            print(f"torch.compile failed ({reason}); the network runs without it.", flush=True)
-            self.model = self.network
-            self.step()
-        if self.cuda and self.speed.graphs:
-            try:
-                self._record()
-            except RuntimeError as error:
-                reason = str(error).strip().splitlines()[0][:100]
-                print(f"The CUDA graph failed ({reason}); steps run one by one.", flush=True)
-                torch.cuda.synchronize()
-                self.graph = None
         self.ready = True
 
     def _record(self) -> None:
@@ -292,19 +308,36 @@ class Trainer:
             for _ in range(WARM_UP_STEPS):
                 self.step()
         torch.cuda.current_stream().wait_stream(stream)
-        self.optimizer.zero_grad()
+        for member in self.members:
+            member.optimizer.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what the steps took is needed for the graph
+        pool = next((graph.pool() for graph in self.patches.graphs), None)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.patches.pool):
-            self.step()
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                self.step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0][:100]
+            print(f"The CUDA graph failed ({reason}); steps run one by one.", flush=True)
+            torch.cuda.synchronize()
+            return
         self.graph = graph
+        self.patches.graphs.add(graph)
 
     def _refuse_batch(self, error: Exception) -> None:
-        whole = self.at
+        whole, n = self.at, self.n_knees * PER_KNEE
+        if len(self.members) > 1:
+            problem = f"--together: {len(self.members)} networks do not fit into memory"
+            raise BadInput(f"{problem}; use --together {len(self.members) // 2}.") from error
 
         def fits(n_knees: int) -> bool:
             self.at = whole[: n_knees * PER_KNEE]
-            self.optimizer.zero_grad()
-            torch.cuda.empty_cache()
+            self.members[0].optimizer.zero_grad()
+            if self.cuda:
+                torch.cuda.empty_cache()
             try:
                 self.step()
             except torch.OutOfMemoryError:
@@ -312,73 +345,69 @@ class Trainer:
             return True
 
         n_knees = largest_fitting(fits, self.n_knees)
-        n = self.n_knees * PER_KNEE
         remedy = "no batch fits, use --network native or compact"
         if n_knees:
             remedy = f"a batch of {n_knees * PER_KNEE} fits, use --knees {n_knees}"
         raise BadInput(f"--knees: a batch of {n} does not fit into memory; {remedy}.") from error
 
     def start(self, seed: int, k: int) -> None:
-        """Initial weights and an empty optimiser, in place."""
-        self.load(self._built(seed).state_dict())
-        for state in self.optimizer.state.values():
-            for values in state.values():
-                values.zero_()
-        arm, rho = self.arm, np.zeros(4)
-        if arm.role == "student":
-            name = "residual" if arm.residual else "ct+cortex" if arm.cortex else "ct"
-            rho = self.patches.data.rho[k, RHO_OF.index(name)]
-        theta = 1 - np.sqrt((1 - rho) / (1 - rho + PER_KNEE * rho))
-        self.theta.copy_(torch.from_numpy(theta))
-
-    @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Copy weights into the network, in place."""
-        for name, values in self.network.state_dict().items():
-            values.copy_(state[name])
+        """Initial weights and empty optimisers, in place."""
+        for member in self.members:
+            arm, rho = member.arm, np.zeros(4)
+            member.load(member.built(seed).state_dict())
+            for state in member.optimizer.state.values():
+                for values in state.values():
+                    values.zero_()
+            if arm.role == "student":
+                name = "residual" if arm.residual else "ct+cortex" if arm.cortex else "ct"
+                rho = self.patches.data.rho[k, RHO_OF.index(name)]
+            theta = 1 - np.sqrt((1 - rho) / (1 - rho + PER_KNEE * rho))
+            member.theta.copy_(torch.from_numpy(theta))
+            n = len(self.maps.maps) if self.maps else 0
+            gammas = [arm.gamma * (not arm.last_stage or i == n - 1) for i in range(n)]
+            member.gammas.zero_()[:n].copy_(torch.tensor(gammas))
 
     def train(
         self,
-        arm: Arm,
         seed: int,
         k: int,
         epochs: int,
-        rate: float,
-        warm_up: float,
+        choices: Sequence[dict],
         finish: Callable[[], bool] = lambda: False,
-    ) -> list[float] | None:
-        """Train one network; the mean squared error of each epoch's batches.
+    ) -> np.ndarray | None:
+        """Train every member; the mean squared error of each epoch's batches (members, epochs).
 
-        `finish` is asked after every epoch; where it is true the training is given up (None). The
-        weights are the running mean at the end. Arms of one seed and fold share initial weights,
-        batches and flips.
+        `choices` holds rate and warm_up of each member. `finish` is asked after every epoch; where
+        it is true the training is given up (None). The weights are the running mean at the end.
+        Arms of one seed and fold share initial weights, batches and flips.
         """
         if not self.ready:
             self.prepare()
         patches, rng = self.patches, np.random.default_rng([seed, k])
-        self.arm = arm
         self.start(seed * 1000 + k, k)
         torch.manual_seed(seed * 1000 + k)
-        n_maps = len(self.maps.maps) if self.maps else 0
-        gammas = [arm.gamma * (not arm.last_stage or i == n_maps - 1) for i in range(n_maps)]
-        self.gammas.zero_()[:n_maps].copy_(torch.tensor(gammas))
         fit = patches.rows(k)[0]
         n_batches = len(epoch_batches(patches.data.knee_id, fit, self.n_knees, rng))
-        current = [v for v in self.network.state_dict().values() if v.is_floating_point()]
+        current = [values for member in self.members for values in member.weights()]
         average, share = [v.clone() for v in current], 1 / (1 + EMA_EPOCHS * n_batches)
-        rates = torch.tensor(
-            [rate * schedule(i / (epochs * n_batches), warm_up) for i in range(epochs * n_batches)],
-            device=patches.device,
-        )
+        n_steps = epochs * n_batches
+        rates = [
+            [choice["rate"] * schedule(i / n_steps, choice["warm_up"]) for choice in choices]
+            for i in range(n_steps)
+        ]
+        rates = torch.tensor(rates, dtype=torch.float32, device=patches.device)
         curve = []
-        self.network.train()
+        for member in self.members:
+            member.network.train()
         for epoch in range(epochs):
             batches = epoch_batches(patches.data.knee_id, fit, self.n_knees, rng)
             rows = torch.from_numpy(batches).to(patches.device)
             flips = torch.from_numpy(rng.random((len(batches), 2)) < 0.5).to(patches.device)
-            self.squared.zero_()
-            for i in range(len(batches)):
-                self.rate.copy_(rates[epoch * n_batches + i])
+            for member in self.members:
+                member.squared.zero_()
+            for i in range(n_batches):
+                for member, rate in zip(self.members, rates[epoch * n_batches + i], strict=True):
+                    member.rate.copy_(rate)
                 self.at.copy_(rows[i])
                 self.flips.copy_(flips[i])
                 if self.graph:
@@ -388,28 +417,31 @@ class Trainer:
                 first = epoch == i == 0
                 with torch.no_grad():
                     torch._foreach_lerp_(average, current, 1.0 if first else share)
-            curve.append(float(self.squared) / n_batches)
+            curve.append([float(member.squared) / n_batches for member in self.members])
             if finish() and epoch + 1 < epochs:
                 return None
         with torch.no_grad():
             torch._foreach_copy_(current, average)
-        return curve
+        return np.transpose(curve)
 
-    def outputs(self, rows: np.ndarray, flips: tuple[bool, bool] = FLIPS[0]):
+    def outputs(self, member: Member, rows: np.ndarray, flips: tuple[bool, bool] = FLIPS[0]):
         """Portions of the rows: first position, prediction and maps; the last one is filled up."""
-        self.network.eval()
+        member.network.eval()
         flips = torch.tensor(flips, device=self.patches.device)
         for start in range(0, len(rows), PORTION):
             portion = np.resize(rows[start : start + PORTION], PORTION)
             at = torch.from_numpy(portion).to(self.patches.device)
-            with torch.no_grad():
-                yield start, self.forward(self.patches.input(self.arm, at, flips, augment=False))
+            x = member.own_input(self.patches.input(self.role, at, flips, augment=False))
+            with torch.no_grad(), torch.autocast(**self.precision):
+                yield start, member.network(x)
 
-    def predict(self, rows: np.ndarray) -> np.ndarray:
+    def predict(self, member: Member, rows: np.ndarray) -> np.ndarray:
         """Biomarkers (n, 4) in their own units, within the range of training."""
-        patches = self.patches
-        found = torch.cat([prediction for _, (prediction, _) in self.outputs(rows)])[: len(rows)]
-        if self.arm.residual:
+        patches, found = self.patches, []
+        for _, (prediction, _) in self.outputs(member, rows):
+            found.append(prediction)
+        found = torch.cat(found)[: len(rows)]
+        if member.arm.residual:
             found = found + patches.ridge[torch.from_numpy(rows).to(found.device)]
         return patches.low + found.double().cpu().numpy().clip(0, 1) * patches.width
 

@@ -25,13 +25,14 @@ import torch
 from packed import BadInput, Packed, read_packed, run_main, write_json
 from packed_networks import GRIDS
 from packed_statistics import agreement, differences
-from packed_training import Arm, Resident, Speed, TeacherMaps, Trainer, check_device
+from packed_training import Arm, Group, Resident, Speed, TeacherMaps, check_device
 
 METHOD = 1  # raise it with a change that alters trained networks
 GAMMAS = (0.01, 0.1, 1.0)  # the published weights are not reported; design choice
 TEACHER = Arm("teacher", role="teacher")
 RIDGE = "ridge_cortex"  # the calibrated ridge of the packed file
 RATES = {"compact": 6e-3, "native": 1e-3, "published": 1e-3}  # without --tune; design choice
+TOGETHER = {"compact": 12, "native": 10, "published": 2}  # arms; they fit into 80 GB
 WARM_UP = 0.3  # share of the steps, without --tune; design choice
 GATE = 0.8  # largest relative error of an undistilled student that has learned; design choice
 NOT_DONE = "The undistilled student's relative error is not below 0.8: optimisation is not done."
@@ -72,7 +73,8 @@ class Study:
 
     Parameters
     ----------
-    settings : epochs, knees in a batch, and learning rate and warm-up by role.
+    settings : epochs, knees in a batch, arms trained together, and learning rate and warm-up by
+        role.
     deadline : by `time.perf_counter`; no network is trained beyond it.
     """
 
@@ -88,7 +90,7 @@ class Study:
     ):
         self.data, self.out, self.size = read_packed(file), out, size
         self.device, self.speed, self.deadline = device, speed, deadline
-        self.settings, self.seconds, self.trainers = settings, {}, {}
+        self.settings, self.seconds, self.groups = settings, {}, {}
         self.file_sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
         self.patches = Resident(self.data, device)
         self.maps = None
@@ -106,16 +108,19 @@ class Study:
         """File of a teacher's weights, kept until the students of its fold are trained."""
         return self.path(TEACHER, k, seed).with_suffix(".pt")
 
-    def trainer(self, arm: Arm) -> Trainer:
-        """The trainer of the arm's kind; that of distilled arms reads the teacher's maps."""
-        if arm.kind not in self.trainers:
-            maps = self.maps if arm.gamma else None
-            options = self.size, self.patches, self.settings["knees"], self.speed, maps
-            self.trainers[arm.kind] = Trainer(arm, *options)
-        return self.trainers[arm.kind]
+    def group(self, arms: list[Arm]) -> Group:
+        """The networks of these arms in memory: the teacher's stay, students replace others."""
+        role, names = arms[0].role, [arm.name for arm in arms]
+        held = self.groups.get(role)
+        if not held or [member.arm.name for member in held.members] != names:
+            self.groups.pop(role, None)
+            held = None  # frees its memory
+            options = self.size, self.patches, self.settings["knees"], self.speed, self.maps
+            self.groups[role] = Group(arms, *options)
+        return self.groups[role]
 
-    def _place_for_maps(self, teacher: Trainer) -> TeacherMaps:
-        _, (_, maps) = next(teacher.outputs(np.arange(1)))
+    def _place_for_maps(self, teacher: Group) -> TeacherMaps:
+        _, (_, maps) = next(teacher.outputs(teacher.members[0], np.arange(1)))
         counts = [len(self.patches.rows(k)[0]) for k in range(self.data.n_folds)]
         shapes = [values.shape[1:] for values in maps]
         try:
@@ -125,42 +130,42 @@ class Study:
             problem = f"the maps of the teacher take {need:.0f} GiB, more than this GPU has left"
             raise BadInput(f"--network: {problem}; use --network native.") from error
 
-    def train(self, arm: Arm, k: int, seed: int) -> bool:
-        """Train one network and write its predictions; False where the time is over."""
-        started = time.perf_counter()
-        if started + self.seconds.get(arm.kind, 0) > self.deadline:
+    def train(self, arms: list[Arm], k: int, seed: int) -> bool:
+        """Train arms of one role, write their predictions; False where the time is over."""
+        started, kind = time.perf_counter(), (arms[0].role, len(arms))
+        if started + self.seconds.get(kind, 0) > self.deadline:
             return False
         self.patches.use_fold(k)
-        if arm.gamma and not self._teach(k, seed):
+        if any(arm.gamma for arm in arms) and not self._teach(k, seed):
             return False
-        trainer, choice = self.trainer(arm), self.settings[arm.role]
+        group, choice = self.group(arms), self.settings[arms[0].role]
 
         def over() -> bool:
             return time.perf_counter() > self.deadline
 
-        curve = trainer.train(
-            arm, seed, k, self.settings["epochs"], choice["rate"], choice["warm_up"], over
-        )
-        if curve is None:
+        curves = group.train(seed, k, self.settings["epochs"], [choice] * len(arms), over)
+        if curves is None:
             return False
-        rows = self.patches.rows(k)[1]
-        predicted = trainer.predict(rows)
-        if arm is TEACHER:
-            self._keep_weights(trainer, k, seed)
-        taken = time.perf_counter() - started
-        self.seconds[arm.kind] = max(taken, self.seconds.get(arm.kind, 0)) if trainer.warm else 0
-        trainer.warm = True
-        path = self.path(arm, k, seed)
-        partial = path.with_name(f".partial-{path.name}")
-        np.savez(partial, rows=rows, predicted=predicted, curve=curve, seconds=taken)
-        partial.replace(path)
-        print(f"{path.stem}: {taken:.1f} s, error of the last epoch {curve[-1]:.4f}", flush=True)
+        taken, rows = time.perf_counter() - started, self.patches.rows(k)[1]
+        for member, arm, curve in zip(group.members, arms, curves, strict=True):
+            path = self.path(arm, k, seed)
+            if arm is TEACHER:
+                self._keep_weights(member.network, k, seed)
+            partial = path.with_name(f".partial-{path.name}")
+            predicted, share = group.predict(member, rows), taken / len(arms)
+            np.savez(partial, rows=rows, predicted=predicted, curve=curve, seconds=share)
+            partial.replace(path)
+        if group.warm:
+            self.seconds[kind] = max(taken, self.seconds.get(kind, 0))
+        group.warm = True
+        names, last = ", ".join(arm.name for arm in arms), ", ".join(f"{c[-1]:.4f}" for c in curves)
+        print(f"fold {k}, seed {seed}: {names}: {taken:.1f} s; last error {last}", flush=True)
         return True
 
-    def _keep_weights(self, teacher: Trainer, k: int, seed: int) -> None:
+    def _keep_weights(self, teacher: torch.nn.Module, k: int, seed: int) -> None:
         """Convolutions in bfloat16, as autocast uses them, halve the file."""
         state = {}
-        for name, values in teacher.network.state_dict().items():
+        for name, values in teacher.state_dict().items():
             halve = self.speed.bfloat16 and values.dim() > 1
             state[name] = values.to(torch.bfloat16 if halve else values.dtype).cpu().clone()
         path = self.weights(k, seed)
@@ -175,27 +180,53 @@ class Study:
         path = self.weights(k, seed)
         if not path.exists():
             print(f"{path.name} is missing: the teacher is trained again.", flush=True)
-            if not self.train(TEACHER, k, seed):
+            if not self.train([TEACHER], k, seed):
                 return False
-        teacher = self.trainer(TEACHER)
-        if not teacher.ready:
-            teacher.prepare()
-        teacher.load(torch.load(path, map_location=self.device, weights_only=True))
+        teacher = self.group([TEACHER])
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        teacher.members[0].load(state)
         self.maps = self.maps or self._place_for_maps(teacher)
         self.maps.fill(teacher, self.patches.rows(k)[0], (k, seed))
         return True
 
     def run(self, arms: list[Arm], seeds: int) -> list[str]:
         """Train what is not there, in order; names of what is missing at the end."""
-        jobs = [(arm, k, s) for s in range(seeds) for k in range(self.data.n_folds) for arm in arms]
-        for arm, k, seed in jobs:
-            if not self.path(arm, k, seed).exists() and not self.train(arm, k, seed):
-                break
-            done = all(self.path(other, k, seed).exists() for other in arms)
-            if done and arm is arms[-1]:
-                self.weights(k, seed).unlink(missing_ok=True)
-        missing = [job for job in jobs if not self.path(*job).exists()]
-        return [f"{arm.name}, fold {k}, seed {seed}" for arm, k, seed in missing]
+        for seed, k in product(range(seeds), range(self.data.n_folds)):
+            for together in self._in_groups(arms):
+                left = [arm for arm in together if not self.path(arm, k, seed).exists()]
+                if left and not self.train(left, k, seed):
+                    return self.missing(arms, seeds)
+            self.weights(k, seed).unlink(missing_ok=True)
+        return self.missing(arms, seeds)
+
+    def _in_groups(self, arms: list[Arm]) -> list[list[Arm]]:
+        """The teacher, then students, as many as are trained together."""
+        rest, n = [arm for arm in arms if arm is not TEACHER], self.settings["together"]
+        groups = [rest[i : i + n] for i in range(0, len(rest), n)]
+        return [[TEACHER], *groups] if TEACHER in arms else groups
+
+    def missing(self, arms: list[Arm], seeds: int) -> list[str]:
+        """Names of what is not trained."""
+        jobs = product(range(seeds), range(self.data.n_folds), arms)
+        left = [(arm, k, seed) for seed, k, arm in jobs if not self.path(arm, k, seed).exists()]
+        return [f"{arm.name}, fold {k}, seed {seed}" for arm, k, seed in left]
+
+    def tune(self, arm: Arm, candidates: list[dict]) -> dict:
+        """Learning rate and warm-up of least error on the test subjects of fold 0."""
+        self.patches.use_fold(0)
+        rows, n, found = self.patches.rows(0)[1], self.settings["together"], []
+        target = self.data.targets[rows]
+        for i in range(0, len(candidates), n):
+            some = candidates[i : i + n]
+            options = self.size, self.patches, self.settings["knees"], self.speed
+            group = Group([arm] * len(some), *options)
+            curves = group.train(0, 0, self.settings["epochs"], some)
+            for member, choice, curve in zip(group.members, some, curves, strict=True):
+                error = group.predict(member, rows) - target
+                relative = float(((error**2).mean(axis=0) / target.var(axis=0)).mean())
+                found.append(choice | {"tuning_error": relative, "fit_error": float(curve[-1])})
+                print(f"{arm.name}: {found[-1]}", flush=True)
+        return min(found, key=lambda row: row["tuning_error"]) | {"candidates": found}
 
     def results(self, arms: list[Arm], seeds: int) -> dict:
         """Agreement of the arms over complete seeds; before the first one, over complete folds."""
@@ -271,30 +302,6 @@ def _named(values: dict, name: str, prefix: str = "") -> dict:
     return {name: values["value"]} | ends
 
 
-def tuned(study: Study, rates: list[float], warm_ups: list[float]) -> dict[str, dict]:
-    """Learning rate and warm-up of least error on the test subjects of fold 0, by role."""
-    data, chosen = study.data, {}
-    rows = study.patches.rows(0)[1]
-    for arm in (TEACHER, ARMS["ct_only"]):
-        errors = []
-        for rate, warm_up in product(rates, warm_ups):
-            study.settings[arm.role] = {"rate": rate, "warm_up": warm_up}
-            path = study.path(arm, 0, 0)
-            if not path.exists() and not study.train(arm, 0, 0):
-                continue
-            with np.load(path) as stored:
-                error = stored["predicted"] - data.targets[rows]
-            relative = (error**2).mean(axis=0) / data.targets[rows].var(axis=0)
-            errors.append((float(relative.mean()), rate, warm_up))
-            study.weights(0, 0).unlink(missing_ok=True)
-        if not errors:
-            raise BadInput("--minutes: no candidate of --tune was trained in time; give more.")
-        error, rate, warm_up = min(errors)
-        chosen[arm.role] = {"rate": rate, "warm_up": warm_up, "tuning_error": error}
-        chosen[arm.role]["candidates"] = len(errors)
-    return chosen
-
-
 def check_same_source(out: Path, data: Packed) -> None:
     """BadInput where the folder holds networks of another protocol or split."""
     names = ("schema", "protocol_sha256", "split_sha256")
@@ -318,18 +325,20 @@ def check_other_patches(data: Packed, others: Packed) -> None:
 
 def settings_of(given: argparse.Namespace, speed: Speed, deadline: float) -> dict:
     """Settings of all networks: stored ones of an earlier tuning, tuned now, or the defaults."""
-    shared = {"epochs": given.epochs, "knees": given.knees}
+    together = given.together or TOGETHER[given.network]
+    shared = {"epochs": given.epochs, "knees": given.knees, "together": together}
     path = given.out / f"tuning_{given.network}_{given.epochs}.json"
     default = {"rate": RATES[given.network], "warm_up": WARM_UP}
     if path.exists():
         chosen = json.loads(path.read_text())
+        print(f"Learning rate and warm-up are those of {path}.", flush=True)
     elif given.tune:
         check_other_patches(read_packed(given.file), read_packed(given.tune))
-        roles = dict.fromkeys(("teacher", "student"), default)
-        options = given.network, given.device, speed, shared | roles, deadline
-        study = Study(given.tune, given.out / "tuning", *options)
-        (study.out / study.size).mkdir(parents=True, exist_ok=True)
-        chosen = tuned(study, given.rates, given.warm_ups)
+        study = Study(given.tune, given.out, given.network, given.device, speed, shared, deadline)
+        pairs = product(given.rates, given.warm_ups)
+        candidates = [{"rate": rate, "warm_up": warm_up} for rate, warm_up in pairs]
+        tuned = [study.tune(arm, candidates) for arm in (TEACHER, ARMS["ct_only"])]
+        chosen = dict(zip(("teacher", "student"), tuned, strict=True))
         path.write_text(json.dumps(chosen, indent=1) + "\n")
     else:
         print("Learning rate and warm-up are defaults; --tune chooses them.", flush=True)
@@ -355,7 +364,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tune", type=Path, help="packed file of knees that are never reported")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--warm-ups", type=float, nargs="+", default=[0.1, 0.3])
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--together", type=int, help="arms that are trained at the same time")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, minutes at first")
     parser.add_argument("--no-graphs", action="store_true", help="without CUDA graphs")
     return parser.parse_args(arguments)
 
@@ -371,7 +381,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_same_source(given.out, data)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
-    speed = Speed(bfloat16, not given.no_compile, not given.no_graphs)
+    speed = Speed(bfloat16, given.compile, not given.no_graphs)
     settings = settings_of(given, speed, deadline)
     chosen = set(given.arms)
     if any(ARMS[name].gamma for name in chosen):

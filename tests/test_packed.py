@@ -209,7 +209,9 @@ def test_inputs_equal_those_of_the_package(folder, data, arm, flips):
     scale["input"] = "mr" if arm.role == "teacher" else "ct+cortex"
     axes = [axis for axis, flip in zip((1, 3), flips, strict=True) if flip]
     expected = make_input(original, fit[:4], scale, "cpu", axes)
-    found = patches.input(arm, torch.from_numpy(fit[:4]), torch.tensor(flips), augment=False)
+    member = packed_training.Member(arm, "compact", "cpu", packed_training.Speed(False))
+    x = patches.input(arm.role, torch.from_numpy(fit[:4]), torch.tensor(flips), augment=False)
+    found = member.own_input(x)
     assert torch.allclose(found, expected, atol=0.03)
     assert (patches.target[fit].amin(0) == 0).all()
     assert (patches.target[fit].amax(0) == 1).all()
@@ -240,7 +242,7 @@ def small(file, out, **changes):
     """Arguments of a short training on the CPU."""
     options = {"network": "compact", "device": "cpu", "precision": "float32", "epochs": 2}
     options |= {"seeds": 1, "knees": 2, "minutes": 5} | changes
-    given = [str(file), "--out", str(out), "--no-compile"]
+    given = [str(file), "--out", str(out)]
     for name, value in options.items():
         given += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return given
@@ -265,7 +267,8 @@ def test_training_is_complete_resumed_and_compared(file, tmp_path, capsys):
     next(path for path in files if path.name.startswith("l1_0.1_fold1")).unlink()
     train_packed.main(small(file, tmp_path, arms=SHORT))
     assert "the teacher is trained again" in capsys.readouterr().out
-    kept = [path for path in files if "ct_only" in path.name or "fold0" in path.name]
+    anew = "l1_0.1_fold1", "teacher_fold1"
+    kept = [path for path in files if not path.name.startswith(anew)]
     assert all(path.stat().st_mtime_ns == files[path] for path in kept)
     assert json.loads((tmp_path / "compact.json").read_text())["missing"] == []
 
@@ -305,32 +308,56 @@ def test_too_little_memory_names_the_batch_that_fits(data, monkeypatch):
     patches = Resident(data, "cpu")
     patches.use_fold(0)
     speed = packed_training.Speed(False, False, False)
-    trainer = packed_training.Trainer(Arm("ct_only"), "compact", patches, 4, speed)
-    step = trainer.step
+    for n_arms, remedy in ((1, "a batch of 8 fits, use --knees 1"), (3, "use --together 1")):
+        group = packed_training.Group([Arm("ct_only")] * n_arms, "compact", patches, 4, speed)
+        step = group.step
 
-    def limited():
-        if len(trainer.at) > 8:
-            raise torch.OutOfMemoryError("full")
-        step()
+        def limited(group=group, step=step):
+            if len(group.at) > 8:
+                raise torch.OutOfMemoryError("full")
+            step()
 
-    monkeypatch.setattr(trainer, "step", limited)
-    with pytest.raises(packed.BadInput, match="a batch of 8 fits, use --knees 1"):
-        trainer.prepare()
+        monkeypatch.setattr(group, "step", limited)
+        with pytest.raises(packed.BadInput, match=remedy):
+            group.prepare()
 
 
-def test_a_compiler_that_fails_is_announced(data, capsys):
+def test_members_of_a_group_learn_as_they_do_alone(data):
     patches = Resident(data, "cpu")
     patches.use_fold(0)
-    speed = packed_training.Speed(False, False, False)
-    trainer = packed_training.Trainer(Arm("ct_only"), "compact", patches, 1, speed)
+    speed, choice = packed_training.Speed(False), {"rate": 1e-3, "warm_up": 0.3}
+    arms, rows = [Arm("ct_only"), Arm("calibrated", cortex=True)], patches.rows(0)[1]
+    options = "compact", patches, 2, speed
+    both = packed_training.Group(arms, *options)
+    both.train(0, 0, 1, [choice] * 2)
+    for arm, member in zip(arms, both.members, strict=True):
+        alone = packed_training.Group([arm], *options)
+        alone.train(0, 0, 1, [choice])
+        expected = alone.predict(alone.members[0], rows)
+        assert np.allclose(both.predict(member, rows), expected, rtol=1e-4)
 
-    def fail(x):
-        raise RuntimeError("no compiler")
 
-    trainer.model = fail
-    trainer.prepare()
-    assert "torch.compile failed (no compiler)" in capsys.readouterr().out
-    assert trainer.model is trainer.network
+@pytest.mark.parametrize(
+    ("kernel", "stride"), [((1, 1, 1), 1), ((1, 1, 1), 2), ((1, 7, 7), (1, 2, 2)), ((3, 3, 3), 1)]
+)
+def test_every_form_of_a_convolution_gives_the_same(kernel, stride, monkeypatch):
+    torch.manual_seed(0)
+    padding = [k // 2 for k in kernel]
+    layer = packed_networks.Convolution(3, 5, kernel, stride, padding).double()
+    x = torch.rand(2, 3, 4, 8, 8, dtype=torch.double)
+    fast = layer(x)
+    monkeypatch.setattr(packed_networks.Convolution, "SPLIT", False)
+    assert torch.allclose(fast, layer(x))
+
+
+@pytest.mark.parametrize("factors", [(2, 2, 2), (1, 2, 2), (1, 1, 1)])
+def test_every_form_of_an_upsampling_gives_the_same(factors, monkeypatch):
+    torch.manual_seed(0)
+    layer = packed_networks.Upsampling(3, 5, factors, factors).double()
+    x = torch.rand(2, 3, 4, 6, 6, dtype=torch.double)
+    fast = layer(x)
+    monkeypatch.setattr(packed_networks.Convolution, "SPLIT", False)
+    assert torch.allclose(fast, layer(x))
 
 
 def test_the_loss_is_that_of_the_package(data):
@@ -353,8 +380,10 @@ def test_tuning_uses_other_knees(file, tmp_path, tmp_path_factory):
     train_packed.main([*options, "--warm-ups", "0.3"])
     found = json.loads((tmp_path / "compact.json").read_text())
     assert found["tuned"]
-    assert found["settings"]["student"]["candidates"] == 2
-    assert found["settings"]["student"]["rate"] in (1e-4, 1e-2)
+    candidates = found["settings"]["student"]["candidates"]
+    assert [row["rate"] for row in candidates] == [1e-4, 1e-2]
+    errors = [row["tuning_error"] for row in candidates]
+    assert found["settings"]["student"]["tuning_error"] == min(errors)
 
 
 def test_speed_is_measured_and_missing_rows_are_named(file, tmp_path):
