@@ -211,11 +211,14 @@ class Study:
         left = [(arm, k, seed) for seed, k, arm in jobs if not self.path(arm, k, seed).exists()]
         return [f"{arm.name}, fold {k}, seed {seed}" for arm, k, seed in left]
 
-    def tune(self, arm: Arm, candidates: list[dict]) -> dict:
-        """Learning rate and warm-up of least error on the test subjects of fold 0."""
+    def tune(self, candidates: list[dict]) -> dict:
+        """Learning rate and warm-up of the undistilled student, on the test subjects of fold 0.
+
+        The choice of `steady` with its error, and all candidates.
+        """
         self.patches.use_fold(0)
         rows, n, found = self.patches.rows(0)[1], self.settings["together"], []
-        target = self.data.targets[rows]
+        target, arm = self.data.targets[rows], ARMS["ct_only"]
         for i in range(0, len(candidates), n):
             some = candidates[i : i + n]
             options = self.size, self.patches, self.settings["knees"], self.speed
@@ -225,8 +228,8 @@ class Study:
                 error = group.predict(member, rows) - target
                 relative = float(((error**2).mean(axis=0) / target.var(axis=0)).mean())
                 found.append(choice | {"tuning_error": relative, "fit_error": float(curve[-1])})
-                print(f"{arm.name}: {found[-1]}", flush=True)
-        return min(found, key=lambda row: row["tuning_error"]) | {"candidates": found}
+                print(f"candidate: {found[-1]}", flush=True)
+        return steady(found) | {"candidates": found}
 
     def results(self, arms: list[Arm], seeds: int) -> dict:
         """Agreement of the arms over complete seeds; before the first one, over complete folds."""
@@ -302,6 +305,23 @@ def _named(values: dict, name: str, prefix: str = "") -> dict:
     return {name: values["value"]} | ends
 
 
+def steady(candidates: list[dict]) -> dict:
+    """The candidate of least error among those whose next larger rate learns too.
+
+    Near the rate at which training diverges, one network of many would.
+    """
+    kept = []
+    for row in candidates:
+        larger = [
+            c for c in candidates if c["warm_up"] == row["warm_up"] and c["rate"] > row["rate"]
+        ]
+        if larger and min(larger, key=lambda c: c["rate"])["tuning_error"] < 1:
+            kept.append(row)
+    if not kept:
+        raise BadInput("--rates: no candidate learns with the next larger one; give smaller rates.")
+    return min(kept, key=lambda row: row["tuning_error"])
+
+
 def check_same_source(out: Path, data: Packed) -> None:
     """BadInput where the folder holds networks of another protocol or split."""
     names = ("schema", "protocol_sha256", "split_sha256")
@@ -337,8 +357,9 @@ def settings_of(given: argparse.Namespace, speed: Speed, deadline: float) -> dic
         study = Study(given.tune, given.out, given.network, given.device, speed, shared, deadline)
         pairs = product(given.rates, given.warm_ups)
         candidates = [{"rate": rate, "warm_up": warm_up} for rate, warm_up in pairs]
-        tuned = [study.tune(arm, candidates) for arm in (TEACHER, ARMS["ct_only"])]
-        chosen = dict(zip(("teacher", "student"), tuned, strict=True))
+        student = study.tune(candidates)
+        teacher = {"rate": student["rate"], "warm_up": student["warm_up"]}
+        chosen = {"teacher": teacher, "student": student}
         path.write_text(json.dumps(chosen, indent=1) + "\n")
     else:
         print("Learning rate and warm-up are defaults; --tune chooses them.", flush=True)
@@ -362,8 +383,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--knees", type=int, default=4, help="in a batch, 8 patches of each")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=DEFAULT_ARMS)
     parser.add_argument("--tune", type=Path, help="packed file of knees that are never reported")
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
-    parser.add_argument("--warm-ups", type=float, nargs="+", default=[0.1, 0.3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 2e-3, 4e-3])
+    parser.add_argument("--warm-ups", type=float, nargs="+", default=[0.3])
     parser.add_argument("--together", type=int, help="arms that are trained at the same time")
     parser.add_argument("--compile", action="store_true", help="torch.compile, minutes at first")
     parser.add_argument("--no-graphs", action="store_true", help="without CUDA graphs")

@@ -370,20 +370,28 @@ def test_the_loss_is_that_of_the_package(data):
     assert torch.allclose(own, knee_level_mse(error, knees, rho))
 
 
-def test_tuning_uses_other_knees(file, tmp_path, tmp_path_factory):
+def test_tuning_uses_other_knees(file, tmp_path, tmp_path_factory, monkeypatch):
     others = knee_folder(tmp_path_factory.mktemp("others"), seed=1)
     tune = others / "others.npz.xz"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(pack_patches, "N_FOLDS", 2)
         pack_patches.pack(others, tune)
     options = small(file, tmp_path, arms=["ct_only"], epochs=1, tune=tune, rates=[1e-4, 1e-2])
-    train_packed.main([*options, "--warm-ups", "0.3"])
+    monkeypatch.setattr(train_packed, "steady", lambda found: found[1])
+    train_packed.main(options)
     found = json.loads((tmp_path / "compact.json").read_text())
     assert found["tuned"]
     candidates = found["settings"]["student"]["candidates"]
     assert [row["rate"] for row in candidates] == [1e-4, 1e-2]
-    errors = [row["tuning_error"] for row in candidates]
-    assert found["settings"]["student"]["tuning_error"] == min(errors)
+    assert found["settings"]["teacher"]["rate"] == found["settings"]["student"]["rate"] == 1e-2
+
+
+def test_a_rate_below_one_that_diverges_is_not_chosen():
+    errors = {1e-4: 0.8, 3e-4: 0.7, 1e-3: 0.6, 3e-3: 2.0}
+    rows = [{"rate": r, "warm_up": 0.3, "tuning_error": e} for r, e in errors.items()]
+    assert train_packed.steady(rows)["rate"] == 3e-4
+    with pytest.raises(packed.BadInput, match="--rates"):
+        train_packed.steady(rows[3:])
 
 
 def test_speed_is_measured_and_missing_rows_are_named(file, tmp_path):
