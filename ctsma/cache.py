@@ -170,8 +170,7 @@ def map_knees(
         for record in joblib.Parallel(return_as="generator_unordered")(tasks):
             done[record["knee_id"]] = record
             if report:
-                seconds_each = (time.perf_counter() - started) / (len(done) - n_reused)
-                left = time_left(seconds_each * (len(rows) - len(done)))
+                left = time_left(started, len(done) - n_reused, len(rows) - len(done))
                 outcome = record["error"] or f"{record['seconds']:.1f} s{left}"
                 line = f"{function.__name__} {len(done)}/{len(rows)} {record['knee_id']}: {outcome}"
                 report(line, done=len(done), total=len(rows))
@@ -179,10 +178,14 @@ def map_knees(
     return table.drop(columns=["key", "files"], errors="ignore")
 
 
-def time_left(seconds: float) -> str:
-    """End of a progress line, for example ", about 4 min left"; "" when nothing is left."""
-    if seconds <= 0:
+def time_left(started: float, n_done: int, n_left: int) -> str:
+    """End of a progress line, for example ", about 4 min left"; "" when nothing is left.
+
+    started : `time.perf_counter()` before the first of n_done.
+    """
+    if not n_left:
         return ""
+    seconds = (time.perf_counter() - started) / n_done * n_left
     left = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
     return f", about {left} left"
 

@@ -197,7 +197,7 @@ def _train(
 ) -> PatchTransformer:
     """Full-batch AdamW on binary cross-entropy; keeps the weights of least validation loss."""
     rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    optimizer = torch.optim.AdamW(model.parameters(), **rates)
+    optimizer = torch.optim.AdamW(model.parameters(), **rates, fused=True)
     cross_entropy = nn.functional.binary_cross_entropy_with_logits
     tokens, absent, oa = fitting
     best_loss, best_epoch, best_state = np.inf, 0, None
