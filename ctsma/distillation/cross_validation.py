@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pandas as pd
-import torch
 from numpy import ndarray
 
 from ctsma.arms import ARMS, TRAINED, Arm, validated
@@ -18,6 +16,7 @@ from ctsma.cache import content_hash, read_record, source_sha256, time_left
 from ctsma.common import BIOMARKERS, InputError
 from ctsma.files import sha256_file, versions
 from ctsma.models import Network, apply_ridge
+from ctsma.parallel import run_tasks
 from ctsma.patches import Patches, mean_cortical_hu
 
 from .checkpoints import load_model, save_model
@@ -86,16 +85,15 @@ def cross_validate(
         jobs += [(arm, int(k), seed) for k in sorted(splits["fold"].unique()) for seed in own_seeds]
     found, started = [], time.perf_counter()
     for wave in (False, True):  # students wait for the teachers of their folds
-        tasks = [joblib.delayed(study.run)(*job) for job in jobs if job[0].distilled == wave]
-        with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-            for predictions in joblib.Parallel(return_as="generator")(tasks):
-                found.append(predictions)
-                if report:
-                    seconds_each = (time.perf_counter() - started) / len(found)
-                    left = time_left(seconds_each * (len(jobs) - len(found)))
-                    job = "{}, fold {}, seed {}".format(*predictions.iloc[0, :3])
-                    line = f"train {len(found)}/{len(jobs)} {job}: done{left}"
-                    report(line, done=len(found), total=len(jobs))
+        tasks = [job for job in jobs if job[0].distilled == wave]
+        for predictions in run_tasks(study.run, tasks, n_jobs):
+            found.append(predictions)
+            if report:
+                seconds_each = (time.perf_counter() - started) / len(found)
+                left = time_left(seconds_each * (len(jobs) - len(found)))
+                job = "{}, fold {}, seed {}".format(*predictions.iloc[0, :3])
+                line = f"train {len(found)}/{len(jobs)} {job}: done{left}"
+                report(line, done=len(found), total=len(jobs))
     ordered = [part for arm in chosen for part in found if part["arm"].iloc[0] == arm.id]
     return pd.concat(ordered, ignore_index=True)
 
@@ -112,7 +110,6 @@ class _Study:
 
     def run(self, arm: Arm, number: int, seed: int) -> pd.DataFrame:
         """Predictions of one arm for the test rows of one fold."""
-        torch.set_num_threads(1)  # a fold is a process; more threads would change the last bits
         data = self.data
         fold = make_fold(data, self.splits, number, seed, self.settings, arm)
         if arm.kind == "ridge":
