@@ -351,8 +351,9 @@ def measure(given: argparse.Namespace) -> tuple[dict, pd.DataFrame]:
         "subgroups": subgroups(truth, scores, scanner),
         "permuted_labels": permuted(scorer, tokens[main], owners) | {"arm": main},
     }
-    null = subjects.iloc[: given.null]
-    results["zero_effect"] = without_disease(run, null, given.folder / "zero_effect", given)
+    if given.null:
+        null = subjects.iloc[: given.null]
+        results["zero_effect"] = without_disease(run, null, given.folder / "zero_effect", given)
     about = scorer.labels.to_frame().join(scanner[["kernel", "noise"]])
     return results, about.join(scores)
 
