@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pandas as pd
-import torch
 from numpy import ndarray
 
 from ctsma.arms import ARMS, TRAINED, Arm, validated
@@ -18,6 +16,7 @@ from ctsma.cache import content_hash, read_record, source_sha256, time_left
 from ctsma.common import BIOMARKERS, InputError
 from ctsma.files import sha256_file, versions
 from ctsma.models import Network, apply_ridge
+from ctsma.parallel import run_tasks
 from ctsma.patches import Patches, mean_cortical_hu
 
 from .checkpoints import load_model, save_model
@@ -82,15 +81,13 @@ def cross_validate(
         own_seeds = seeds[:1] if arm.kind == "ridge" else seeds  # a ridge draws nothing
         jobs += [(arm, int(k), seed) for k in sorted(splits["fold"].unique()) for seed in own_seeds]
     found, started = [], time.perf_counter()
-    with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-        tasks = [joblib.delayed(study.run)(*job) for job in jobs]
-        for predictions in joblib.Parallel(return_as="generator_unordered")(tasks):
-            found.append(predictions)
-            if report:
-                left = time_left(started, len(found), len(jobs) - len(found))
-                job = "{}, fold {}, seed {}".format(*predictions.iloc[0, :3])
-                line = f"train {len(found)}/{len(jobs)} {job}: done{left}"
-                report(line, done=len(found), total=len(jobs))
+    for predictions in run_tasks(study.run, jobs, n_jobs, ordered=False):
+        found.append(predictions)
+        if report:
+            left = time_left(started, len(found), len(jobs) - len(found))
+            job = "{}, fold {}, seed {}".format(*predictions.iloc[0, :3])
+            line = f"train {len(found)}/{len(jobs)} {job}: done{left}"
+            report(line, done=len(found), total=len(jobs))
     found.sort(key=lambda part: part.iloc[0, 1:3].tolist())
     ordered = [part for arm in chosen for part in found if part["arm"].iloc[0] == arm.id]
     return pd.concat(ordered, ignore_index=True)
@@ -108,7 +105,6 @@ class _Study:
 
     def run(self, arm: Arm, number: int, seed: int) -> pd.DataFrame:
         """Predictions of one arm for the test rows of one fold."""
-        torch.set_num_threads(1)  # a fold is a process; more threads would change the last bits
         data = self.data
         fold = make_fold(data, self.splits, number, seed, self.settings, arm)
         if arm.kind == "ridge":
