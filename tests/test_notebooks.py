@@ -1,19 +1,17 @@
 """The whole study on the tiny profile, by the users' command, and what the notebooks wrote."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 
 import nbformat
 import pandas as pd
-import papermill
 import pytest
 
 from ctsma.arms import COMPARISONS
 from ctsma.common import BIOMARKERS, BONES
-from ctsma_lab import runner
+from ctsma_lab import cli, runner
 from ctsma_lab.run import RESULTS
 from ctsma_lab.tutorials import data, make_data
 from kneesim import protocol_sha256
@@ -24,17 +22,12 @@ CT_ARMS = ("hu_regression", "hu_regression_calibrated", "ct_only", "ct_sma", "ct
 CT_ARMS += ("ct_sma_plus",)
 
 
-def ctsma(*arguments, cwd):
-    command = [sys.executable, "-m", "ctsma.cli", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Folder of one finished tiny run, shared by the session."""
+    """Folder of one finished tiny run, by the command in a process of its own."""
     base = tmp_path_factory.mktemp("study")
-    done = ctsma("run", "--profile", "tiny", cwd=base)
+    command = [sys.executable, "-m", "ctsma.cli", "run", "--profile", "tiny", "--jobs", "1"]
+    done = subprocess.run(command, cwd=base, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return base / "runs" / "tiny"
 
@@ -115,32 +108,30 @@ def test_diagnosis_numbers(tiny):
     assert set(found) >= {"comparators", "sensitivity", "calibration"}
 
 
-def test_a_second_run_has_nothing_to_do(tiny):
+def test_a_second_run_has_nothing_to_do(tiny, monkeypatch, capsys):
     before = {file: file.stat().st_mtime_ns for file in (tiny / "results").iterdir()}
-    again = ctsma("run", "--profile", "tiny", cwd=tiny.parents[1])
-    assert again.returncode == 0
-    assert again.stdout.count("unchanged, skipped") == len(RESULTS)
+    monkeypatch.chdir(tiny.parents[1])
+    assert cli.main(["run", "--profile", "tiny", "--jobs", "2"]) == 0
+    assert capsys.readouterr().out.count("unchanged, skipped") == len(RESULTS)
     assert before == {file: file.stat().st_mtime_ns for file in (tiny / "results").iterdir()}
 
 
-def run_notebook(stage, run, page, **given):
-    """One notebook on a run with the tiny profile's parameters, as a user would run it."""
+def parameters_of(stage, run, **given):
+    """The tiny profile's parameters of one notebook, as a user would set them."""
     parameters = runner.profiles()["tiny"]["parameters"] | {"run_dir": str(run), "n_jobs": 1}
     parameters |= {"profile": "tiny"} | given
     declared = runner.notebook_parameters(stage)
-    own = {name: value for name, value in parameters.items() if name in declared}
-    source = runner.NOTEBOOKS / f"{stage}.ipynb"
-    options = {"cwd": str(source.parent), "progress_bar": False, "kernel_name": "python3"}
-    papermill.execute_notebook(str(source), str(page), own, **options)
+    return {name: value for name, value in parameters.items() if name in declared}
 
 
-def test_a_notebook_run_alone_on_a_finished_run_changes_no_file(tiny, tmp_path):
+def test_a_notebook_run_alone_on_a_finished_run_changes_no_file(tiny, run_notebook):
     before = {file: file.stat().st_mtime_ns for file in tiny.rglob("*") if file.is_file()}
-    run_notebook("04_icc_agreement", tiny, tmp_path / "page.ipynb")
+    stage = "04_icc_agreement"
+    run_notebook(runner.NOTEBOOKS / f"{stage}.ipynb", **parameters_of(stage, tiny))
     assert before == {file: file.stat().st_mtime_ns for file in tiny.rglob("*") if file.is_file()}
 
 
-def test_knees_with_ct_alone_are_predicted_and_diagnosed(tiny, tmp_path):
+def test_knees_with_ct_alone_are_predicted_and_diagnosed(tiny, tmp_path, run_notebook):
     """The tiny run, two knees of which have lost their MR: notebooks 2, 3 and 5 again."""
     copy = tmp_path / "run"
     shutil.copytree(tiny, copy)
@@ -149,7 +140,8 @@ def test_knees_with_ct_alone_are_predicted_and_diagnosed(tiny, tmp_path):
     knees.loc[knees["knee_id"].isin(bare), ["mr", "mr_sha256", "mr_rescan"]] = None
     knees.to_csv(copy / "cohort" / "simulated.csv", index=False)
     for stage in ("02_registration_qa", "03_distillation_training", "05_roc_diagnosis"):
-        run_notebook(stage, copy, tmp_path / "page.ipynb", overwrite=True)
+        given = parameters_of(stage, copy, overwrite=True)
+        run_notebook(runner.NOTEBOOKS / f"{stage}.ipynb", **given)
     before = results(tiny, "diagnosis")
     trained, judged = results(copy, "distillation"), results(copy, "diagnosis")
     assert trained["n_knees"] == results(tiny, "distillation")["n_knees"] - 2
@@ -164,23 +156,21 @@ SUPPLEMENT = sorted((runner.NOTEBOOKS / "supplement").glob("S*.ipynb"))
 
 
 @pytest.mark.parametrize("page", SUPPLEMENT, ids=lambda path: path.stem)
-def test_a_supplement_reads_the_published_results(page, tmp_path):
-    options = {"cwd": str(page.parent), "progress_bar": False, "kernel_name": "python3"}
-    papermill.execute_notebook(str(page), str(tmp_path / "page.ipynb"), {}, **options)
+def test_a_supplement_reads_the_published_results(page, run_notebook):
+    run_notebook(page)
 
 
-def test_the_studys_model_reads_a_ct(tiny):
-    base = tiny.parents[1]
-    done = ctsma("export-model", "--name", "tiny", "--out", "model", "--jobs", "1", cwd=base)
-    assert done.returncode == 0, done.stderr
-    about = json.loads((base / "model" / "model.json").read_text())
+def test_the_studys_model_reads_a_ct(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.parents[1])
+    model, out = tmp_path / "model", tmp_path / "out"
+    assert cli.main(["export-model", "--name", "tiny", "--out", str(model), "--jobs", "1"]) == 0
+    about = json.loads((model / "model.json").read_text())
     assert about["metrics"]["icc"] == results(tiny, "agreement")["icc"][about["arm"]]
     knee = (tiny / "cohort" / "simulated.csv").read_text().splitlines()[1].split(",")
     given = f"{tiny / 'cohort' / 'images' / knee[0]}_ct.nii.gz:{knee[2]}"
-    options = ("--model", "model", "--out", "out", "--jobs", "1")
-    done = ctsma("predict", given, *options, cwd=base)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (base / "out" / f"{knee[0]}-ct" / "report.html").exists()
+    options = ("--model", str(model), "--out", str(out), "--jobs", "1")
+    assert cli.main(["predict", given, *options]) == 0
+    assert (out / f"{knee[0]}-ct" / "report.html").exists()
 
 
 def test_the_data_of_the_tutorials_are_cut_from_any_run(tiny, tmp_path):
