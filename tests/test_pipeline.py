@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import nbformat
 import pandas as pd
 import pytest
+from papermill.engines import Engine, NBClientEngine, papermill_engines
 
 from ctsma import cache, files
 from ctsma.cohort import image_path, read_manifest
@@ -44,8 +45,35 @@ CELLS = {
 }
 
 
+class InProcess(Engine):
+    """Runs the cells of a notebook in this process, so that no kernel has to start."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name, **_):
+        variables = {}
+        for index, cell in enumerate(nb_man.nb.cells):
+            nb_man.cell_start(cell, index)
+            if cell.cell_type == "code":
+                exec(cell.source, variables)
+            nb_man.cell_complete(cell, index)
+
+
 @pytest.fixture
-def small_study(tmp_path, monkeypatch):
+def in_process():
+    """Lets papermill run notebooks in this process."""
+    papermill_engines.register(None, InProcess)
+    yield
+    papermill_engines.register(None, NBClientEngine)
+
+
+@pytest.fixture
+def small_study(kernel_study, in_process):
+    """A study of two notebooks, run in this process; returns the run's folder."""
+    return kernel_study
+
+
+@pytest.fixture
+def kernel_study(tmp_path, monkeypatch):
     """A study of two notebooks in a folder of its own; returns the run's folder."""
     notebooks = tmp_path / "notebooks"
     notebooks.mkdir()
@@ -118,7 +146,7 @@ def test_a_rewritten_file_of_equal_content_is_not_a_change(small_study):
     assert calls(small_study) == "12"
 
 
-def test_a_failed_notebook_names_cell_error_and_partial_notebook(small_study, capsys):
+def test_a_failed_notebook_names_cell_error_and_partial_notebook(kernel_study, capsys):
     code = cli.main(["run", "--set", "fail=true"])
     message = capsys.readouterr().err
     assert code == cli.FAILED
@@ -129,7 +157,7 @@ def test_a_failed_notebook_names_cell_error_and_partial_notebook(small_study, ca
     errors = [output.evalue for output in outputs if output.output_type == "error"]
     assert "too small" in errors[0]
     assert cli.main(["run", "--set", "fail=false"]) == 0
-    assert calls(small_study) == "12"  # the first stage had succeeded and is not repeated
+    assert calls(kernel_study) == "12"  # the first stage had succeeded and is not repeated
 
 
 @pytest.mark.parametrize(
