@@ -11,7 +11,6 @@ from unittest.mock import Mock
 import nbformat
 import pandas as pd
 import pytest
-from papermill.engines import Engine, NBClientEngine, papermill_engines
 
 from ctsma import cache, files
 from ctsma.cohort import image_path, read_manifest
@@ -43,27 +42,6 @@ CELLS = {
         "(root / 'results/second.json').write_text(json.dumps(value + 1))",
     ],
 }
-
-
-class InProcess(Engine):
-    """Runs the cells of a notebook in this process, so that no kernel has to start."""
-
-    @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, **_):
-        variables = {}
-        for index, cell in enumerate(nb_man.nb.cells):
-            nb_man.cell_start(cell, index)
-            if cell.cell_type == "code":
-                exec(cell.source, variables)
-            nb_man.cell_complete(cell, index)
-
-
-@pytest.fixture
-def in_process():
-    """Lets papermill run notebooks in this process."""
-    papermill_engines.register(None, InProcess)
-    yield
-    papermill_engines.register(None, NBClientEngine)
 
 
 @pytest.fixture
