@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no screen, one kernel, data made once per session."""
+"""What every test shares: one thread, no screen, one kernel for notebooks, the real data."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,6 @@ import matplotlib
 import nbformat
 import pytest
 import torch
-from filelock import FileLock
 from nbclient import NotebookClient
 from papermill.engines import Engine, NBClientEngine, papermill_engines
 from papermill.parameterize import parameterize_notebook
@@ -31,29 +30,6 @@ def pytest_collection_modifyitems(items):
     names = [f"test_{name}" for name in LONGEST]
     rank = {name: number for number, name in enumerate(names)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(names)))
-
-
-@pytest.fixture(scope="session")
-def made_once(tmp_path_factory, worker_id):
-    """Make a folder once per session, whichever process of pytest-xdist asks for it first.
-
-    `made_once(name, make)` calls `make(folder)` for an empty folder, the first time, and returns
-    the folder. Its content must not be changed.
-    """
-    base = tmp_path_factory.getbasetemp()
-    base = base if worker_id == "master" else base.parent  # the processes share the parent
-
-    def folder_of(name, make):
-        folder, done = base / "made_once" / name, base / "made_once" / f"{name}.done"
-        folder.parent.mkdir(exist_ok=True)
-        with FileLock(folder.with_name(f"{name}.lock")):
-            if not done.exists():
-                folder.mkdir()
-                make(folder)
-                done.touch()
-        return folder
-
-    return folder_of
 
 
 @pytest.fixture(scope="session")
