@@ -41,6 +41,8 @@ def test_every_notebook_ran_to_its_end(tiny):
         notebook = nbformat.read(tiny / "notebooks" / f"{stage}.ipynb", as_version=4)
         counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
         assert counts == list(range(1, len(counts) + 1)), stage
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        assert not [output.text for output in outputs if output.get("name") == "stderr"], stage
         assert (tiny / "report" / f"{stage}.html").stat().st_size > 10_000
     assert len(list((tiny / "figures").glob("*.png"))) >= 10
 
