@@ -1,6 +1,7 @@
 """The cache, the folder of a run, and the runner on two small notebooks."""
 
 import importlib.util
+import io
 import json
 import logging
 import re
@@ -22,7 +23,8 @@ from ctsma.common import InputError
 from ctsma.files import ROOT, atomic
 from ctsma_lab import cli, runner
 from ctsma_lab.report import write_report
-from ctsma_lab.run import RESULTS, Run
+from ctsma_lab.run import RESULTS, UNDER_RUNNER, Run
+from ctsma_lab.terminal import Progress
 
 COMMON = (
     "run_dir: str = 'none'  # folder of the run\nprofile: str = 'quick'  # name\n"
@@ -48,7 +50,13 @@ CELLS = {
 
 
 @pytest.fixture
-def small_study(tmp_path, monkeypatch):
+def small_study(kernel_study, in_process):
+    """A study of two notebooks, run in this process; returns the run's folder."""
+    return kernel_study
+
+
+@pytest.fixture
+def kernel_study(tmp_path, monkeypatch):
     """A study of two notebooks in a folder of its own; returns the run's folder."""
     notebooks = tmp_path / "notebooks"
     notebooks.mkdir()
@@ -121,7 +129,7 @@ def test_a_rewritten_file_of_equal_content_is_not_a_change(small_study):
     assert calls(small_study) == "12"
 
 
-def test_a_failed_notebook_names_cell_error_and_partial_notebook(small_study, capsys):
+def test_a_failed_notebook_names_cell_error_and_partial_notebook(kernel_study, capsys):
     code = cli.main(["run", "--set", "fail=true"])
     message = capsys.readouterr().err
     assert code == cli.FAILED
@@ -132,7 +140,7 @@ def test_a_failed_notebook_names_cell_error_and_partial_notebook(small_study, ca
     errors = [output.evalue for output in outputs if output.output_type == "error"]
     assert "too small" in errors[0]
     assert cli.main(["run", "--set", "fail=false"]) == 0
-    assert calls(small_study) == "12"  # the first stage had succeeded and is not repeated
+    assert calls(kernel_study) == "12"  # the first stage had succeeded and is not repeated
 
 
 @pytest.mark.parametrize(
@@ -426,3 +434,42 @@ def test_a_finished_run_is_written_again_only_when_asked(tmp_path, capsys):
         Run.open(path, overwrite=False, **options, n_folds=4)
     Run.open(path, overwrite=True, **options, n_folds=4).write_results("registration", {"value": 2})
     assert json.loads((path / "results" / "registration.json").read_text())["value"] == 2
+
+
+class Screen(io.StringIO):
+    """A terminal that keeps what is written to it."""
+
+    def isatty(self):
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal_and_one_line_per_step_elsewhere(monkeypatch, capsys):
+    def work(progress):
+        progress("01_cohort: running")
+        progress("  simulate_knee 1/2 k0000: 3.0 s, about 3 s left", done=1, total=2)
+
+    with Progress() as progress:
+        work(progress)
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [
+        "01_cohort: running",
+        "  simulate_knee 1/2 k0000: 3.0 s, about 3 s left",
+    ]
+    assert not printed.err
+    screen = Screen()
+    monkeypatch.setattr("sys.stderr", screen)
+    with Progress() as progress:
+        work(progress)
+        assert (progress.bar.n, progress.bar.total) == (1, 2)
+    assert "about 3 s left" in screen.getvalue()
+
+
+def test_a_notebook_opened_by_a_user_shows_a_bar_that_ends(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(UNDER_RUNNER, raising=False)
+    run = Run(tmp_path / "run")
+    run.report("register_pair 1/2 k0000: 3.0 s, about 3 s left", done=1, total=2)
+    assert (run.bar.n, run.bar.total) == (1, 2)
+    run.report("register_pair 2/2 k0001: 3.0 s", done=2, total=2)
+    assert run.bar is None
+    assert "2/2" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "progress.log").exists()
