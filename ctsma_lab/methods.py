@@ -41,7 +41,7 @@ def write_methods(run_path: Path) -> None:
     cohort = stages["cohort"]
     manifest = read_manifest(run_path / cohort["manifest"], run_path / cohort["root"])
     known = cohort["simulated"] and cohort["protocol_sha256"] == protocol_sha256()
-    arms = [ARMS[name] for name in stages["agreement"]["icc"] if name in ARMS]
+    arms = [arm for name, arm in ARMS.items() if name in stages["agreement"]["icc"]]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True
     )

@@ -4,17 +4,17 @@ import base64
 import html
 import io
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import pandas as pd
 from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 from PIL import Image
 
-from ctsma.files import atomic
+from ctsma.files import atomic, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 COLOURS = 64  # of the palette of a figure; a third of the size, hardly visible (design choice)
@@ -109,15 +109,15 @@ def write_figure(png: bytes, file: Path) -> tuple[int, int]:
 
 
 def copy_table(figure: str, run_path: Path, report: Path) -> str | None:
-    """Copy the CSV behind a figure of the run into the report; returns its link, if there is one.
+    """Write the CSV behind a figure of the run into the report, with five significant digits.
 
-    The link begins at the folder of the report.
+    Returns its link from the folder of the report; None where the figure has no table.
     """
     source, link = run_path / "figures" / f"{figure}.csv", f"figures/{figure}.csv"
     if not source.exists():
         return None
-    with atomic(report / link) as temporary:
-        shutil.copyfile(source, temporary)
+    table = pd.read_csv(source, dtype={"knee_id": "str", "subject_id": "str"})
+    write_text(report / link, table.to_csv(index=False, float_format="%.5g"))
     return link
 
 

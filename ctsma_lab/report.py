@@ -43,7 +43,9 @@ from .tables import (
 
 KEY_FIGURES = yaml.safe_load(Path(__file__).with_name("key_figures.yaml").read_text("utf-8"))
 BESIDE = {  # pages and files of the site that are no notebook, in the order of its navigation
-    "knees/index.html": "Registration, knee by knee"
+    "knees/index.html": "Registration, knee by knee",
+    "methods.md": "Methods text for a paper",
+    "methods.bib": "Its references (BibTeX)",
 }
 
 
@@ -150,7 +152,8 @@ def _what_was_done(results: Path) -> str:
     """Three sentences on cohort, arms and evaluation, from the results files."""
     cohort, numbers = read_results(results, "cohort"), _numbers(results)
     kind = "simulated knees" if cohort["simulated"] else "knees"
-    arms = [ARMS[name] for name in read_results(results, "agreement")["icc"] if name in ARMS]
+    compared = read_results(results, "agreement")["icc"]
+    arms = [arm for name, arm in ARMS.items() if name in compared]
     names = "; ".join(arm.label for arm in arms)
     return (
         f"MR and CT of {numbers['n_registered']} {kind} were registered. Trabecular biomarkers "

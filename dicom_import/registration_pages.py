@@ -36,11 +36,11 @@ PIXELS, PIXEL_MM = 300, 0.3  # of one view: 90 mm hold the joint (design choice)
 CT_HU = (-200.0, 1000.0)  # black and white
 PATCH_MM = 10.5  # edge of a patch
 PATCHES_PER_COMPARTMENT = 4  # drawn where no patches were cut yet
-MAX_BYTES = 11_000  # of one image; three and the outlines make a page of less than 60 kB
-QUALITIES = (70, 55, 40, 30, 20, 10, 1)  # of WebP, the first that fits is taken
-# Palette of the outlines: none, femur, tibia, patches, letters. Colours of Okabe and Ito.
-PALETTE = (0, 0, 0, 86, 180, 233, 230, 159, 0, 0, 158, 115, 255, 255, 255)
-FEMUR_INK, TIBIA_INK, PATCH_INK, LETTER_INK = 1, 2, 3, 4
+MAX_BYTES = 6_600  # of one image: a page has less than 40 kB, that of 80 knees less than 3 MB
+QUALITIES = range(80, 0, -5)  # of WebP, the first that fits is taken
+# Palette of the outlines: none, femur, tibia, patches (Okabe and Ito), letters and their rim.
+PALETTE = (0, 0, 0, 86, 180, 233, 230, 159, 0, 0, 158, 115, 255, 255, 255, 0, 0, 0)
+FEMUR_INK, TIBIA_INK, PATCH_INK, LETTER_INK, RIM_INK = 1, 2, 3, 4, 5
 
 
 def draw_knee(
@@ -187,7 +187,7 @@ def _outlines(plane: str, grid: sitk.Image, masks: sitk.Image, centres: pd.DataF
     labels, ink = sitk.GetArrayFromImage(labels)[0], np.zeros((PIXELS, PIXELS), np.uint8)
     for bone, colour in (("femur", FEMUR_INK), ("tibia", TIBIA_INK)):
         mask = labels == BONES[bone]
-        ink[mask & ~ndimage.binary_erosion(mask, border_value=1)] = colour
+        ink[mask & ~ndimage.binary_erosion(mask, iterations=2, border_value=1)] = colour
     image = Image.fromarray(ink)
     draw = ImageDraw.Draw(image)
     draw.fontmode = "1"  # no grey: every value is an index
@@ -198,8 +198,10 @@ def _outlines(plane: str, grid: sitk.Image, masks: sitk.Image, centres: pd.DataF
             draw.rectangle((x - half, y - half, x + half, y + half), outline=PATCH_INK, width=2)
     end, middle = PIXELS - 14, PIXELS // 2
     edges = ((14, middle), (end, middle), (middle, 14), (middle, end))
-    for letter, place in zip(PLANES[plane][1], edges, strict=True):
-        draw.text(place, letter, fill=LETTER_INK, anchor="mm", font_size=20)
+    for letter, (x, y) in zip(PLANES[plane][1], edges, strict=True):
+        for dx, dy in ((-2, 0), (2, 0), (0, -2), (0, 2)):
+            draw.text((x + dx, y + dy), letter, fill=RIM_INK, anchor="mm", font_size=20)
+        draw.text((x, y), letter, fill=LETTER_INK, anchor="mm", font_size=20)
     return np.array(image)
 
 
