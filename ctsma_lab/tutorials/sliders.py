@@ -33,6 +33,18 @@ def choice(label: str, options: list, value: object) -> ipywidgets.Widget:
     )
 
 
+def steps(label: str, options: list, value: object) -> ipywidgets.Widget:
+    """A slider through named options in their order."""
+    return ipywidgets.SelectionSlider(
+        options=options,
+        value=value,
+        description=label,
+        continuous_update=False,
+        style={"description_width": "13em"},
+        layout={"width": "32em"},
+    )
+
+
 def explore(draw: Callable, button: str = "", **controls: ipywidgets.Widget) -> None:
     """Show the controls above the figure that `draw` makes from their values.
 
