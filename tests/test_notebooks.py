@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ import pytest
 from ctsma.arms import COMPARISONS
 from ctsma.common import BIOMARKERS, BONES
 from ctsma.patches import load_patches
-from ctsma_lab import runner
+from ctsma_lab import explore, runner
 from ctsma_lab.run import RESULTS
 from ctsma_lab.tutorials import data, make_data
 from kneesim import protocol_sha256
@@ -206,3 +207,15 @@ def test_the_data_of_the_tutorials_are_cut_from_any_run(tiny, tmp_path):
     assert np.abs(small.ct[0] - stored.ct[row].astype(float)).max() <= 0.51
     assert np.ptp(small.mr[0]) == pytest.approx(np.ptp(stored.mr[row].astype(float)), rel=1e-3)
     assert first["bv_tv"] == pytest.approx(stored.table.loc[row, "bv_tv"], abs=1e-4)
+
+
+def test_the_explorer_opens_a_finished_run(tiny):
+    study = explore.open_study(tiny)
+    assert set(study.arms) == {*CT_ARMS, "mr_teacher"}
+    assert "ct_noise_hu" in study.knees
+    for name, figure in explore.static_figures(study).items():
+        assert "run tiny, simulated knees" in figure.get_suptitle(), name
+        plt.close(figure)
+    images = study.patch_images(study.with_patches[0])
+    assert len(images.bone) == len(images.ct)
+    assert 0 < images.bone[0].mean() < 1
