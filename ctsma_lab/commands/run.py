@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace, progress: Callable[..., None]) -> int:
     except runner.StageFailed as failure:
         print(failure, file=sys.stderr)
         return FAILED
-    progress(f"report: {write_report(path)}")
+    progress(f"report: {write_report(path, progress)}")
     return 0
 
 
