@@ -148,7 +148,7 @@ def scaling(n_knees: int) -> dict[str, float]:
     for n in counts:
         with tempfile.TemporaryDirectory() as folder:
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            run = [sys.executable, "-m", "ctsma", "run", "--set", f"n_knees={n}"]
+            run = [sys.executable, "-m", "ctsma.cli", "run", "--set", f"n_knees={n}"]
             subprocess.run(run, cwd=folder, check=True, stdout=subprocess.DEVNULL)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
         used = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
