@@ -323,15 +323,3 @@ def apply_ridge(
 
 def _linear(weights: np.ndarray, features: np.ndarray) -> np.ndarray:
     return weights[0] + features @ weights[1:]
-
-
-def ridge_estimates(
-    features: np.ndarray,
-    targets: np.ndarray,
-    subjects: np.ndarray,
-    unseen: np.ndarray,
-    knees: np.ndarray | None = None,
-) -> np.ndarray:
-    """Estimates (m, 4) of `fit_ridge` for unseen (m, k), kept within the range of the targets."""
-    weights = fit_ridge(features, targets, subjects, knees).weights
-    return apply_ridge(weights, unseen, targets.min(0), targets.max(0))

@@ -26,8 +26,8 @@ from ctsma.distillation import ARMS, fit_normalisation, prepare
 from ctsma.distillation.data import make_input
 from ctsma.distillation.losses import knee_level_mse
 from ctsma.models import build as ctsma_build
-from ctsma.models import ridge_estimates
 from ctsma.patches import load_patches
+from kneesim.difficulty import ridge_estimates
 
 ENDS = "ci_low", "ci_high"
 EACH = 9  # patches of a knee: more than one part of a batch
