@@ -1,19 +1,35 @@
-"""Report pages of a run, and the generated parts of the README. No page needs the network."""
+"""The report of a run, a site that needs no network, and the generated parts of the README."""
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jinja2
 import nbformat
-from nbconvert import HTMLExporter
+import pandas as pd
+import yaml
 from nbconvert.filters import markdown2html
-from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
 
+from ctsma.arms import ARMS
+from ctsma.cache import map_knees
+from ctsma.cohort import read_manifest
 from ctsma.common import InputError
 from ctsma.files import atomic, write_text
+from dicom_import.registration_pages import draw_knee, write_pages
 
+from .methods import write_methods
+from .pages import (
+    TEMPLATES,
+    copy_table,
+    figure_html,
+    notebook_body,
+    result_of,
+    tidy,
+    title_of,
+    write_figure,
+)
 from .tables import (
     STAGES,
     detailed_tables,
@@ -25,83 +41,170 @@ from .tables import (
     summary,
 )
 
-TEMPLATES = Path(__file__).parent / "templates"
+KEY_FIGURES = yaml.safe_load(Path(__file__).with_name("key_figures.yaml").read_text("utf-8"))
+BESIDE = {  # pages and files of the site that are no notebook, in the order of its navigation
+    "knees/index.html": "Registration, knee by knee",
+    "methods.md": "Methods text for a paper",
+    "methods.bib": "Its references (BibTeX)",
+}
 
 
-def write_report(run_path: str | Path) -> Path:
-    """Write one HTML page per executed notebook and an overview; returns report/index.html.
+def write_report(run_path: str | Path, progress: Callable[..., None] | None = None) -> Path:
+    """Write the site of a run, report/: a first page, one page per executed notebook and per knee.
 
-    Raises InputError where the run has no executed notebook.
+    Figures and the tables behind them go to report/figures, so that the folder can be moved or
+    published as it is. A complete run also gets the methods section of a paper. `progress` is
+    called after each knee, as by `map_knees`. Returns report/index.html. Raises InputError where
+    the run has no executed notebook.
     """
     run_path = Path(run_path)
     files = sorted(run_path.glob("notebooks/[0-9][0-9]_*.ipynb"))
     files = [file for file in files if "." not in file.stem]  # neither *.partial nor *.failed
     if not files:
         raise InputError(run_path, "holds no executed notebook", "run the study first: ctsma run")
+    report = run_path / "report"
     notebooks = {file.stem: nbformat.read(file, as_version=4) for file in files}
-    titles = {"index": "Overview"}
+    titles = {"index": "Overview"} | {name: title_of(one) for name, one in notebooks.items()}
+    write_knees(run_path, progress)
+    if is_complete(run_path):
+        write_methods(run_path)
+    overview = _overview(run_path, titles, {n: result_of(one) for n, one in notebooks.items()})
     for name, notebook in notebooks.items():
-        titles[name] = title_of(notebook)
-    exporter = HTMLExporter(
-        template_name="notebook",
-        extra_template_basedirs=[str(TEMPLATES)],
-        exclude_input_prompt=True,
-        exclude_output_prompt=True,
-    )
-    for name, notebook in notebooks.items():
-        body, _ = exporter.from_notebook_node(notebook)
+        body = notebook_body(name, notebook, run_path, report, titles)
         _write_page(run_path, titles, name, body)
-    return _write_page(run_path, titles, "index", _overview(run_path, titles, notebooks))
+    return _write_page(run_path, titles, "index", tidy(overview, titles))
 
 
-def title_of(notebook: NotebookNode) -> str:
-    """The first heading of the notebook."""
-    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    heading = re.search(r"^# (.*)", text, re.MULTILINE)
-    return heading[1] if heading else "Notebook without a title"
+def is_complete(run_path: Path) -> bool:
+    """Whether every stage of a run has its results file."""
+    return all((run_path / "results" / f"{stage}.json").exists() for stage in STAGES)
 
 
-def result_of(notebook: NotebookNode) -> str:
-    """The Markdown that the code under the heading "Result" shows; "" where there is none."""
-    shown, inside = [], False
-    for cell in notebook.cells:
-        headings = re.findall(r"^#+ (.*)", cell.source, re.MULTILINE)
-        if cell.cell_type == "markdown" and headings:
-            inside = "Result" in headings[-1]
-        elif cell.cell_type == "code" and inside:
-            for output in cell.outputs:
-                shown.append(output.get("data", {}).get("text/markdown", ""))
-    return "\n\n".join(shown).strip()
+def write_knees(run_path: Path, progress: Callable[..., None] | None = None) -> None:
+    """Write report/knees, the quality control of registration; nothing without registered knees.
+
+    Images are drawn again only where the registration of the knee has changed.
+    """
+    results, registration = run_path / "results", run_path / "registration"
+    records = [json.loads(file.read_text("utf-8")) for file in sorted(registration.glob("*.json"))]
+    records = {record["knee_id"]: record for record in records if "knee_id" in record}
+    if not records or not (results / "cohort.json").exists():
+        return
+    cohort, folder = read_results(results, "cohort"), run_path / "report" / "knees"
+    manifest_file = run_path / cohort["manifest"]
+    if not manifest_file.exists():
+        return
+    manifest = read_manifest(manifest_file, run_path / cohort["root"])
+    knees = manifest[manifest["knee_id"].isin(list(records))]
+    registered = knees[[not records[knee_id]["error"] for knee_id in knees["knee_id"]]]
+    parameters = {
+        "root": str(manifest.attrs["root"]),
+        "registration": str(registration.resolve()),
+        "patches": str((run_path / "patches").resolve()),
+        "images": str((folder / "images").resolve()),
+    }
+    earlier = [registration, run_path / "patches"]
+    map_knees(draw_knee, registered, run_path / "knees", parameters, after=earlier, report=progress)
+    errors = _registration_errors(run_path)
+    rows = []
+    for knee in knees[["knee_id", "side"]].to_dict("records"):
+        record = records[knee["knee_id"]]
+        row = knee | {name: record[name] for name in record if name not in ("files", "key")}
+        patches = run_path / "patches" / f"{knee['knee_id']}.json"
+        if patches.exists():
+            cut = json.loads(patches.read_text("utf-8"))
+            row |= {name: cut[name] for name in ("n_patches", "n_flagged") if name in cut}
+        rows.append(row | errors.get(knee["knee_id"], {}))
+    write_pages(folder, rows, _warnings(results), home="../index.html")
 
 
-def _overview(
-    run_path: Path, titles: Mapping[str, str], notebooks: Mapping[str, NotebookNode]
-) -> str:
-    """Body of the overview: the result of every notebook, then the tables of a complete run."""
+def _registration_errors(run_path: Path) -> dict[str, dict[str, float]]:
+    """{knee_id: {"tre_<bone>": mm}} after the last stage; empty without ground truth."""
+    file = run_path / "figures" / "02_tre.csv"
+    if not file.exists():
+        return {}
+    table = pd.read_csv(file, dtype={"knee_id": "str"})
+    found: dict[str, dict[str, float]] = {}
+    for row in table[table["stage"] == "trabeculae"].to_dict("records"):
+        found.setdefault(row["knee_id"], {})[f"tre_{row['bone']}"] = row["tre_mm"]
+    return found
+
+
+def _overview(run_path: Path, titles: Mapping[str, str], shown: Mapping[str, str]) -> str:
+    """Body of the first page: of a complete run a summary, key figures and tables.
+
+    `shown` is the result of every notebook, as Markdown.
+    """
     results = run_path / "results"
-    complete = all((results / f"{stage}.json").exists() for stage in STAGES)
     parts = [f"# Study report: {run_path.name}"]
-    if complete:
-        draw_icc(results, run_path / "report" / "icc.svg")
-        figure = "![Agreement of every arm with the MR reference](icc.svg)"
-        parts += [origin(results), "## Result", summary(results), results_table(results), figure]
-    parts.append("## Notebooks")
-    for name, notebook in notebooks.items():
-        parts += [f"### [{titles[name]}]({name}.html)", result_of(notebook)]
-    if complete:
-        for title, table in detailed_tables(results).items():
-            parts += [f"## {title}", table]
+    links = [f"### [{titles[name]}]({name}.html)\n\n{text}" for name, text in shown.items()]
+    if is_complete(run_path):
+        parts += ["## What was done", _what_was_done(results), origin(results)]
+        parts += ["## Result", summary(results), results_table(results)]
+        parts += ["## Key figures", *_key_figures(run_path)]
+        tables = detailed_tables(results).items()
+        parts += ["## Tables", *(f"### {title}\n\n{table}" for title, table in tables)]
+    parts += ["## Result of each notebook", *links]
     return markdown2html("\n\n".join(parts))
 
 
+def _what_was_done(results: Path) -> str:
+    """Three sentences on cohort, arms and evaluation, from the results files."""
+    cohort, numbers = read_results(results, "cohort"), _numbers(results)
+    kind = "simulated knees" if cohort["simulated"] else "knees"
+    compared = read_results(results, "agreement")["icc"]
+    arms = [arm for name, arm in ARMS.items() if name in compared]
+    names = "; ".join(arm.label for arm in arms)
+    return (
+        f"MR and CT of {numbers['n_registered']} {kind} were registered. Trabecular biomarkers "
+        f"were measured on MR in {numbers['n_patches']} patches below the joint surface. "
+        f"{len(arms)} arms were compared out of fold, with folds by subject: {names}. Their "
+        "estimates were compared with the MR reference. A Transformer classified osteoarthritis "
+        f"in {numbers['n_diagnosed']} knees."
+    )
+
+
+def _numbers(results: Path) -> dict:
+    """What the captions of the key figures state."""
+    distillation, diagnosis = (read_results(results, s) for s in ("distillation", "diagnosis"))
+    arm = ARMS.get(diagnosis["arm"])
+    return {
+        "n_knees": read_results(results, "cohort")["n_knees"],
+        "n_registered": read_results(results, "registration")["n_knees"],
+        "n_patches": distillation["n_patches"],
+        "n_knees_read": distillation["n_knees"],
+        "n_diagnosed": diagnosis["n_knees"],
+        "main_arm": arm.label if arm else diagnosis["arm"],
+    }
+
+
+def _key_figures(run_path: Path) -> list[str]:
+    """HTML of the key figures that the run has, with caption, n, legend and the CSV behind each."""
+    results, report, shown = run_path / "results", run_path / "report", []
+    numbers = _numbers(results)
+    kind = "simulated" if read_results(results, "cohort")["simulated"] else "own"
+    for name, about in KEY_FIGURES.items():
+        file = run_path / "figures" / f"{name}.png"
+        if about["cohort"] not in (kind, "any") or not file.exists():
+            continue
+        size = write_figure(file.read_bytes(), report / f"figures/{name}.png")
+        texts = [about["title"], about["caption"], "n: " + about["n"], about["legend"]]
+        caption = " ".join(text.rstrip(".") + "." for text in texts).format(**numbers)
+        table = copy_table(name, run_path, report)
+        label = f"Figure {len(shown) + 1}."
+        shown.append(figure_html(label, f"figures/{name}.png", size, caption, table))
+    return shown
+
+
 def _write_page(run_path: Path, titles: Mapping[str, str], name: str, body: str) -> Path:
-    pages = list(titles)
+    pages, report = list(titles), run_path / "report"
     before, after = pages[: pages.index(name)], pages[pages.index(name) + 1 :]
     headings = re.findall(r'<h2[^>]*id="([^"]*)"[^>]*>(.*?)(?:<a class|</h2>)', body, re.DOTALL)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES))
     html = environment.get_template("page.html.jinja").render(
         run_name=run_path.name,
         titles=titles,
+        beside={file: text for file, text in BESIDE.items() if (report / file).exists()},
         page=name,
         contents=headings,
         previous=before[-1] if before else None,
@@ -110,8 +213,8 @@ def _write_page(run_path: Path, titles: Mapping[str, str], name: str, body: str)
         code_style=HtmlFormatter().get_style_defs(".highlight"),
         body=body,
     )
-    html = html.replace(str(run_path.resolve()), f"runs/{run_path.name}")  # no path of this machine
-    return write_text(run_path / "report" / f"{name}.html", html)
+    html = html.replace(str(run_path.resolve()), f"runs/{run_path.name}")  # it may hold spaces
+    return write_text(report / f"{name}.html", html)
 
 
 def _warnings(results: Path) -> list[str]:

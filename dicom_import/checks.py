@@ -14,6 +14,7 @@ from ctsma.common import COMPARTMENTS, IMAGES, InputError
 from ctsma.files import sha256_file
 from ctsma.patches import RIM_MM, bearing_surface, patch_centres
 from ctsma.registration import knee_masks, register_knee
+from dicom_import.registration_pages import draw_images, metrics_row, write_pages
 from dicom_import.sides import side_of, split_knees
 
 FATAL, WARNING, GOOD = "fatal", "warning", "good"
@@ -33,6 +34,7 @@ def check_knees(
     deep: bool = True,
     n_jobs: int = 1,
     report: Callable[..., None] | None = None,
+    pages: str | Path | None = None,
 ) -> pd.DataFrame:
     """Check every knee of a manifest and go on after a problem.
 
@@ -42,6 +44,7 @@ def check_knees(
     deep : also find bones and side, and register each MR with its CT (6 s per pair on one core).
     n_jobs : processes of one thread each.
     report : called as `report(line, done=..., total=...)` after each knee.
+    pages : folder for one page per registered pair and one of all (`write_pages`); None: no pages.
 
     Returns
     -------
@@ -56,20 +59,27 @@ def check_knees(
     if manifest.empty:
         raise InputError(manifest.attrs["path"], "lists no knee", "add one row per knee")
     knees, root = manifest.to_dict("records"), manifest.attrs["root"]
-    tasks = (joblib.delayed(_check_knee)(knee, root, deep) for knee in knees)
-    tables = []
+    tasks = (joblib.delayed(_check_knee)(knee, root, deep, pages) for knee in knees)
+    tables, registered = [], []
     with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-        for table in joblib.Parallel(return_as="generator")(tasks):
+        for table, metrics in joblib.Parallel(return_as="generator")(tasks):
             tables.append(table)
+            registered += metrics
             if report:
                 n_findings = int((table["level"] != GOOD).sum()) or "no"
                 line = f"check {len(tables)}/{len(knees)} {table['knee_id'].iloc[0]}"
                 report(f"{line}: {n_findings} findings", done=len(tables), total=len(knees))
+    if pages is not None:
+        write_pages(pages, registered)
     return pd.concat(tables, ignore_index=True)
 
 
-def _check_knee(knee: dict, root: str, deep: bool) -> pd.DataFrame:
+def _check_knee(
+    knee: dict, root: str, deep: bool, pages: str | Path | None
+) -> tuple[pd.DataFrame, list[dict]]:
+    """Findings of a knee, and the row of its registration for `write_pages` if there was one."""
     found, images = [], {}  # found: (column, check, level, finding)
+    registered = []
     for column in IMAGES:
         if not isinstance(knee.get(column), str):
             continue
@@ -88,11 +98,13 @@ def _check_knee(knee: dict, root: str, deep: bool) -> pd.DataFrame:
     if "ct" in images:
         found += _check_hu(images["ct"])
         try:
-            found += _check_bones(knee, images, root) if deep else []
+            found += _check_bones(knee, images, root, registered, pages) if deep else []
         except Exception as error:  # one knee never ends the table
             text = f"the bones cannot be checked ({type(error).__name__}: {error}); look at the CT."
             found.append(("ct", "bones", FATAL, text))
-    return pd.DataFrame([(knee["knee_id"], *finding) for finding in found], columns=COLUMNS)
+    table = pd.DataFrame([(knee["knee_id"], *finding) for finding in found], columns=COLUMNS)
+    shown = table[table["level"] != GOOD]["finding"].tolist()
+    return table, [row | {"findings": shown} for row in registered]
 
 
 def _check_resolution(image: sitk.Image, column: str) -> list[tuple]:
@@ -125,8 +137,17 @@ def _check_hu(ct: sitk.Image) -> list[tuple]:
     return found
 
 
-def _check_bones(knee: dict, images: dict[str, sitk.Image], root: str) -> list[tuple]:
-    """What needs the bones: two knees in view, the joint line, the side, and each MR's pair."""
+def _check_bones(
+    knee: dict,
+    images: dict[str, sitk.Image],
+    root: str,
+    registered: list[dict],
+    pages: str | Path | None,
+) -> list[tuple]:
+    """What needs the bones: two knees in view, the joint line, the side, and each MR's pair.
+
+    The metrics of the pair of CT and MR are added to `registered`, its images go to `pages`.
+    """
     ct, found = images["ct"], []
     try:
         if not isinstance(knee.get("ct_labels"), str) and len(split_knees(ct)) > 1:
@@ -153,9 +174,14 @@ def _check_bones(knee: dict, images: dict[str, sitk.Image], root: str) -> list[t
         found.append(("ct", "side", FATAL, text))
     for column in ("mr", "mr_rescan"):
         if column in images:
-            reason = register_knee(ct, images[column], masks, seed=0).flagged
-            if reason:
-                text = f"{reason}; make sure that both images show the same person, knee and side."
+            result = register_knee(ct, images[column], masks, seed=0)
+            if column == "mr" and pages is not None:
+                draw_images(knee, ct, images["mr"], masks, result.transforms, Path(pages, "images"))
+                row = {"knee_id": knee["knee_id"], "side": knee["side"], "error": ""}
+                registered.append(row | metrics_row(result))
+            if result.flagged:
+                text = f"{result.flagged}; "
+                text += "make sure that both images show the same person, knee and side."
                 found.append((column, "pair", FATAL, text))
     return found
 

@@ -88,9 +88,15 @@ def test_knees_that_touch_are_refused(ct):
 
 
 # ---------------------------------------------------------------- check_knees
-def test_a_good_pair_has_no_finding_and_its_side_is_found(knee, ct):
-    findings = check_knees(knee)
+def test_a_good_pair_has_no_finding_a_page_and_its_side_is_found(knee, ct, tmp_path):
+    findings = check_knees(knee, pages=tmp_path)
     assert list(findings["level"]) == ["good", "good"], list(findings["finding"])
+    knee_id = knee["knee_id"].iloc[0]
+    page = (tmp_path / f"{knee_id}.html").read_text()
+    assert "passed the failure detection" in page and f"images/{knee_id}_mr.webp" in page
+    images = sum(file.stat().st_size for file in (tmp_path / "images").iterdir())
+    assert images + len(page) < 60_000
+    assert f'href="{knee_id}.html"' in (tmp_path / "index.html").read_text()
     masks = bone_masks(ct)
     assert side_of(ct, masks) == knee["side"].iloc[0]
     assert side_of(ct, masks * 0) == ""  # without a tibia there is no side
@@ -120,6 +126,8 @@ def test_check_data_writes_its_table_and_exits_with_1_when_fatal(knee, tmp_path,
     arguments = [str(tmp_path / "wrong.csv"), "--root", knee.attrs["root"], "--quick"]
     assert cli.main(["check-data", *arguments]) == 1
     assert "differs from ct_sha256" in capsys.readouterr().out
+    assert cli.main(["check-data", *arguments, "--report", str(tmp_path / "pages")]) == 2
+    assert "--report: needs the registration that --quick leaves out" in capsys.readouterr().err
 
 
 def findings_of(knee, folder, image, **columns):

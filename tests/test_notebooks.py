@@ -5,14 +5,17 @@ import shutil
 import subprocess
 import sys
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 
 from ctsma.arms import COMPARISONS
 from ctsma.cohort import splits_path
 from ctsma.common import BIOMARKERS, BONES
-from ctsma_lab import cli, runner
+from ctsma.patches import load_patches
+from ctsma_lab import cli, explore, runner
 from ctsma_lab.run import RESULTS
 from ctsma_lab.tutorials import data, make_data
 from kneesim import protocol_sha256
@@ -189,4 +192,27 @@ def test_the_data_of_the_tutorials_are_cut_from_any_run(tiny, tmp_path):
     assert mr.GetSpacing() == ct.GetSpacing()
     patches = data.read_patches(tmp_path)
     assert patches["bv_tv_reference"].between(0, 1).all()
-    assert set(data.read_knees(tmp_path)["knee_id"]) >= set(patches["knee_id"])
+    knees = data.read_knees(tmp_path)
+    assert set(knees["knee_id"]) >= set(patches["knee_id"])
+    assert knees["ct_fwhm_mm"].between(0.5, 1.4).all()
+    small, stored = data.read_patch_images(tmp_path), load_patches(tiny / "patches")
+    assert len(small.table) == len(small.ct) == len(small.mr) > 0
+    first = small.table.iloc[0]
+    same = (stored.table[["knee_id", "patch_id"]] == first[["knee_id", "patch_id"]]).all(axis=1)
+    row = int(np.flatnonzero(same)[0])
+    assert (small.voi[0] == stored.voi[row]).all()
+    assert np.abs(small.ct[0] - stored.ct[row].astype(float)).max() <= 0.51
+    assert np.ptp(small.mr[0]) == pytest.approx(np.ptp(stored.mr[row].astype(float)), rel=1e-3)
+    assert first["bv_tv"] == pytest.approx(stored.table.loc[row, "bv_tv"], abs=1e-4)
+
+
+def test_the_explorer_opens_a_finished_run(tiny):
+    study = explore.open_study(tiny)
+    assert set(study.arms) == {*CT_ARMS, "mr_teacher"}
+    assert "ct_noise_hu" in study.knees
+    for name, figure in explore.static_figures(study).items():
+        assert "run tiny, simulated knees" in figure.get_suptitle(), name
+        plt.close(figure)
+    images = study.patch_images(study.with_patches[0])
+    assert len(images.bone) == len(images.ct)
+    assert 0 < images.bone[0].mean() < 1

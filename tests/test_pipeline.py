@@ -1,10 +1,13 @@
 """The cache, the folder of a run, and the runner on two small notebooks."""
 
+import importlib.util
 import io
 import json
 import logging
 import re
+import shutil
 import subprocess
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path, PureWindowsPath
 from unittest.mock import Mock
@@ -17,7 +20,7 @@ from ctsma import cache, files
 from ctsma.cohort import image_path, read_manifest
 from ctsma.cohort.manifest import SCHEMA
 from ctsma.common import InputError
-from ctsma.files import atomic
+from ctsma.files import ROOT, atomic
 from ctsma_lab import cli, runner
 from ctsma_lab.report import write_report
 from ctsma_lab.run import RESULTS, UNDER_RUNNER, Run
@@ -232,7 +235,7 @@ def test_numbers_out_of_range_and_broken_names_are_refused(
 @pytest.mark.parametrize("error", [MemoryError, BrokenProcessPool])
 def test_a_lack_of_memory_is_one_sentence(monkeypatch, capsys, error):
     monkeypatch.setattr("ctsma_lab.commands.status.status", Mock(side_effect=error))
-    assert cli.main(["status"]) == cli.FAILED
+    assert cli.main(["status", "--name", "any"]) == cli.FAILED
     assert capsys.readouterr().err.startswith("ctsma: a process was killed or ran out of memory;")
 
 
@@ -262,6 +265,51 @@ def test_a_second_run_in_the_same_folder_is_refused(small_study):
         start(small_study)
     start(small_study)
     assert calls(small_study) == "12"
+
+
+def test_status_lists_every_run_and_says_which_stage_runs(small_study, capsys, monkeypatch):
+    assert cli.main(["status"]) == cli.BAD_INPUT
+    assert "runs/: holds no run" in capsys.readouterr().err
+    shown = []
+    execute = runner._execute
+
+    def followed(path, step, report):
+        cli.main(["status"])
+        shown.append(capsys.readouterr().out)
+        execute(path, step, report)
+
+    monkeypatch.setattr(runner, "_execute", followed)
+    start(small_study)
+    assert "01_first                    running" in shown[0]
+    assert "02_second                   running" in shown[1]
+    assert "01_first                    done" in shown[1]
+    copy = shutil.copytree(small_study, small_study.parent / "other")
+    assert cli.main(["status"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "_" not in line] == [copy.name, small_study.name]
+    assert not any("running" in line for line in lines)
+
+
+def test_times_that_are_shown_are_those_of_a_finished_run(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("run_times", ROOT / "benchmarks" / "run_times.py")
+    run_times = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run_times)
+    done = {"state": "done", "seconds": 90.0, "finished": "2026-01-01T00:00:00+00:00"}
+    rows = [{"stage": stage} | done for stage in runner.STAGES]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "run.json").write_text('{"profile": "quick"}')
+    (tmp_path / "results" / "cohort.json").write_text('{"n_knees": 48, "git_commit": "a"}')
+    monkeypatch.setattr(run_times, "status", lambda run: rows)
+    for module in (run_times, runner):
+        monkeypatch.setattr(module, "RUN_TIMES", tmp_path / "run_times.json")
+    assert runner.profiles()["quick"]["minutes"] == {}
+    monkeypatch.setattr(sys, "argv", ["run_times.py", str(tmp_path)])
+    run_times.main()
+    assert runner.profiles()["quick"]["minutes"] == dict.fromkeys(runner.STAGES, 1.5)
+    assert runner.profiles()["full"]["minutes"] == {}
+    rows[4]["seconds"] = None
+    with pytest.raises(InputError, match="has not finished 05_roc_diagnosis"):
+        run_times.main()
 
 
 def test_dry_run_shows_the_plan_and_runs_nothing(small_study, capsys):

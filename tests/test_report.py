@@ -1,19 +1,25 @@
 """Report pages of a run, and sentences and tables made from results files."""
 
+import base64
+import io
 import json
 import re
 import shutil
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
+import SimpleITK as sitk
 from nbformat import v4
+from PIL import Image
 
 from ctsma.arms import ARMS, COMPARISONS
 from ctsma.common import InputError
-from ctsma_lab import report, tables
+from ctsma_lab import methods, pages, report, tables
 
 PUBLISHED = Path(__file__).parents[1] / "docs" / "results" / "full"
+EXAMPLE = Path(__file__).parents[1] / "data_manifest" / "example.csv"
 
 
 def change(file, **values):
@@ -26,18 +32,39 @@ def results(tmp_path):
     return Path(shutil.copytree(PUBLISHED, tmp_path / "run" / "results"))
 
 
+def drawn(width, height):
+    """A PNG as matplotlib writes it."""
+    stream = io.BytesIO()
+    Image.effect_noise((width, height), 80).convert("RGBA").save(stream, "PNG")
+    return stream.getvalue()
+
+
 @pytest.fixture
 def run(results):
     """A run of profile tiny with two executed notebooks, as papermill leaves them."""
     change(results / "cohort.json", profile="tiny")
+    change(results / "registration.json", flagged=["k0001"])
     path = results.parent
+    shutil.copytree(EXAMPLE.parent, path / "cohort")
+    (path / "cohort" / EXAMPLE.name).rename(path / "cohort" / "simulated.csv")
     (path / "notebooks").mkdir()
+    (path / "figures").mkdir()
+    for name in report.KEY_FIGURES:
+        (path / "figures" / f"{name}.png").write_bytes(drawn(400, 100))
+        (path / "figures" / f"{name}.csv").write_text("value\n1\n")
+    image = base64.b64encode(drawn(300, 200)).decode()
+    plot = v4.new_output("display_data", {"image/png": image, "text/plain": "<Figure>"})
+    save = f'run.save_figure(figure, "05_roc")\nroot = "{path.resolve()}"\nx = "\\n\\nz"'
+    linked = "[notes](../docs/notes.md) [first](01_first.ipynb#Result) [paper](https://a.org/b/c/d)"
     for name, title in (("01_first", "Whose knees?"), ("02_second", "Is <i>it</i> the same bone?")):
         shown = v4.new_output("display_data", {"text/markdown": f"The result of {name} is **3**."})
         wide = v4.new_output("execute_result", {"text/html": "<table><td>wide</td></table>"})
         noise = v4.new_output("stream", name="stderr", text="a warning of a library")
         cells = [
-            v4.new_markdown_cell(f"# {title}\n\n## Question\n\nText."),
+            v4.new_markdown_cell(f"# {title}\n\n## Question\n\nText {linked}."),
+            v4.new_code_cell("1"),
+            v4.new_markdown_cell("## Plot\n\nBefore.\n\n*Figure.* What is <shown>.\n\nAfter."),
+            v4.new_code_cell(save, outputs=[plot]),
             v4.new_code_cell(f'run_dir = "{path.resolve()}"', outputs=[noise, wide]),
             v4.new_markdown_cell("## Result"),
             v4.new_code_cell("show()", outputs=[shown]),
@@ -53,7 +80,7 @@ def test_pages_stand_alone_and_lead_to_each_other(run):
     pages = {page.name: page.read_text() for page in index.parent.glob("*.html")}
     assert sorted(pages) == ["01_first.html", "02_second.html", "index.html"]
     for text in pages.values():
-        assert not re.search(r"""(src|href)=["']?https?:""", text)
+        assert not re.search(r"""src=["']?https?:|<link|@import|url\(""", text)
         assert str(run.resolve()) not in text
         assert 'name="viewport"' in text
         assert '<a href="01_first.html">Whose knees?</a>' in text
@@ -63,21 +90,116 @@ def test_pages_stand_alone_and_lead_to_each_other(run):
     assert "02_second.html" in first.partition('class="steps"')[2]
     assert "01_first.html" in second.partition('class="steps"')[2]
     assert "<i>it</i>" not in second.partition("<main>")[0]
-    assert first.count('<details class="code">') == 2 and "a warning of a library" not in first
-    assert "wide" in first and "runs/run" in first
+    assert first.count('<details class="code">') == 4 and "a warning of a library" not in first
+    assert "wide" in first and "/run" not in first.replace("runs/run", "")
 
 
-def test_the_overview_shows_every_result(run):
+def test_every_link_leads_to_a_file_of_the_site(run):
+    index = report.write_report(run)
+    for page in index.parent.glob("*.html"):
+        text = page.read_text()
+        for target in re.findall(r"""(?:src|href)=["']([^"'#]+)""", text):
+            assert target.startswith("https://") or (page.parent / target).is_file(), target
+        for anchor in re.findall(r'href="#([^"]+)"', text):
+            assert f'id="{anchor}"' in text
+        assert "<script" not in text and "notes.md" not in text
+    assert 'href="https://a.org/b/c/d"' in text and '"01_first.html#Result">first</a>' in text
+
+
+def test_a_figure_has_its_caption_and_the_table_behind_it(run):
+    first = (report.write_report(run).parent / "01_first.html").read_text()
+    figure = re.search(r"<figure>.*?</figure>", first, re.DOTALL)[0]
+    assert "<b>Figure 1.1.</b> What is" in figure and 'href="figures/05_roc.csv"' in figure
+    prose = first.replace(figure, "")
+    assert "What is" not in prose and "Before." in prose and "After." in prose
+    written = Image.open(run / "report" / "figures" / "05_roc_page.png")
+    assert written.mode == "P" and written.size == (300, 200)
+
+
+def test_no_path_of_this_machine_stays():
+    body = "a /data/me/a.csv, C:\\Users\\me\\b.csv, 1/mm, and/or/not, https://a.org/b/c, </p>"
+    kept = "a a.csv, b.csv, 1/mm, and/or/not, https://a.org/b/c, </p>"
+    assert pages.tidy(body, {}) == kept
+
+
+def test_the_overview_reads_like_a_summary(run):
     text = report.write_report(run).read_text()
+    for part in ("What was done", "Result", "Key figures", "Tables", "Result of each notebook"):
+        assert f">{part}<" in text
+    assert "MR and CT of 80 simulated knees were registered." in text
     assert "The result of 01_first is <strong>3</strong>." in text
     assert "The result of 02_second is <strong>3</strong>." in text
     assert text.count("<table>") == 1 + len(tables.detailed_tables(run / "results"))
-    assert '<img src="icc.svg"' in text and (run / "report" / "icc.svg").exists()
+    figures = re.findall(r"<figure.*?</figure>", text, re.DOTALL)
+    assert len(figures) == 6
+    for figure in figures:
+        assert "n: " in figure and "{" not in figure and ".csv" in figure and 'alt="' in figure
+    assert "Registration error" in figures[1]
+
+
+def test_an_own_cohort_has_figures_that_need_no_ground_truth(run):
+    (run / "cohort" / "simulated.csv").rename(run / "cohort" / "my.csv")
+    own = {"simulated": False, "calibration": {}, "manifest": "cohort/my.csv"}
+    change(run / "results" / "cohort.json", **own)
+    text = report.write_report(run).read_text()
+    assert text.count("<figure") == 6 and "Calibration of the probabilities" in text
+    assert "true transforms" not in text and "simulated" not in text.partition("<main>")[2]
+
+
+def read_methods(run):
+    """The methods text in one line, and its references."""
+    methods.write_methods(run)
+    text = (run / "report" / "methods.md").read_text()
+    return " ".join(text.split()), (run / "report" / "methods.bib").read_text()
+
+
+def test_the_methods_text_states_what_the_results_files_hold(run):
+    text, references = read_methods(run)
+    assert "The cohort was simulated; no patient data were used." in text
+    patches = json.loads((run / "results" / "registration.json").read_text())["patches"]
+    assert "1 of 80 knees were excluded" in text
+    assert f"{patches['usable']} of {patches['total']} patches" in text
+    assert "Estimates are the mean of 3 networks" in text and "2000 bootstrap resamples" in text
+    assert "plate model [@parfitt1983]" in text and "torch 2" in text
+    for name in ("HU ridge", "CT network, published distillation (CT-SMA)"):
+        assert f"*{name}*" in text
+    assert "among 0, 0.01, 0.1." in text and "{" not in text and "Describe this arm" not in text
+    cited = set(methods.CITATION.findall(text))
+    assert cited == set(re.findall(r"^@\w+{(\w+),", references, re.MULTILINE))
+    assert {"hu2023", "delong1988", "paszke2019"} <= cited
+
+
+def test_the_methods_text_claims_nothing_that_was_not_done(run):
+    results = run / "results"
+    agreement = json.loads((results / "agreement.json").read_text())
+    change(results / "cohort.json", simulated=False)
+    change(results / "registration.json", tre_mm={}, parameters={"n_per_compartment": 2})
+    change(results / "distillation.json", parameters={"n_training_seeds": 1})
+    change(results / "agreement.json", icc={"ct_only": agreement["icc"]["ct_only"]})
+    text, references = read_methods(run)
+    assert "simulated" not in text.partition("## Software")[0] and "ethics approval" in text
+    assert "true transforms" not in text and "plate model" not in text
+    assert "One network was trained per arm and fold." in text
+    assert "distillation" not in text.partition("## Estimation")[2].partition("## Software")[0]
+    assert "hu2023" not in references and "zhou2016" not in references
+
+
+def test_voxels_are_read_from_the_images(tmp_path):
+    manifest = pd.DataFrame({"ct": ["a.nii.gz", "b.nii.gz", "absent.nii.gz", None]})
+    manifest.attrs["root"] = str(tmp_path)
+    assert methods.voxel_text(manifest, "ct") == ""
+    for name, slice_mm in (("a.nii.gz", 1.0), ("b.nii.gz", 0.5)):
+        image = sitk.Image(4, 4, 4, sitk.sitkInt16)
+        image.SetSpacing((0.4, 0.4, slice_mm))
+        sitk.WriteImage(image, str(tmp_path / name))
+    found = methods.voxel_text(manifest, "ct")
+    assert found == "0.4 x 0.4 x 0.75 mm (median; 0.4 to 0.4, 0.4 to 0.4, 0.5 to 1 mm)"
 
 
 def test_an_unfinished_run_has_a_report(run):
     (run / "results" / "agreement.json").unlink()
     text = report.write_report(run).read_text()
+    assert not (run / "report" / "methods.md").exists()
     assert "The result of 01_first" in text and "<table>" not in text
 
 

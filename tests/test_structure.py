@@ -119,7 +119,7 @@ def test_words_are_the_fields_own():
 
 def test_no_file_names_a_machine():
     for path in tracked_files():
-        if path.suffix not in (".png", ".safetensors", ".gz"):
+        if path.suffix not in (".png", ".safetensors", ".gz", ".npz"):
             text = path.read_text()
             assert not re.search(r"/home/\w+/|/(root|Users|work)/|/[t]mp/tmp", text), path
 
@@ -197,6 +197,6 @@ def test_profiles_name_parameters_and_stages_that_exist():
     known = {name for stage in STAGES for name in notebook_parameters(stage)}
     for name, profile in profiles().items():
         assert set(profile["parameters"]) <= known, name
-        assert set(profile["minutes"]) == set(STAGES), name
+        assert not profile["minutes"] or set(profile["minutes"]) == set(STAGES), name
     assert profiles()["full"]["parameters"] == {}
     assert len(MAIN_LINE) == len(STAGES) == 5

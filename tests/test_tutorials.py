@@ -12,7 +12,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from ctsma_lab.tutorials import check, sliders, t4_agreement
+from ctsma_lab.tutorials import check, sliders, t3_training, t4_agreement
 from ctsma_lab.tutorials.exercises import MODULES, exercises
 from ctsma_lab.tutorials.students import student_version, write_student_versions
 
@@ -39,6 +39,16 @@ WRONG = {
     "T2.3": [1.1, 4.2, 0.0],
     "T2.4": [8.58, 3.32, 0.02],
     "T2.5": [{"A"}, {"B", "D"}, {"A", "B", "C"}, set(), {"E"}],
+    "T3.1": [0.198, 0.895, 0.5],
+    "T3.2": [
+        lambda error, knees, rho: np.mean(error**2),
+        lambda error, knees, rho: np.mean((error - rho * np.mean(error)) ** 2),
+        lambda error, knees, rho: t3_training.knee_loss(error, np.zeros(len(error)), rho),
+        lambda error, knees, rho: np.nan,
+    ],
+    "T3.3": [{"A"}, {"A", "B", "D"}, {"C"}, set(), {"E"}],
+    "T3.4": [-0.076, -0.042, -0.029, 0.0],
+    "T3.5": ["r_within", "r_between", "relative_error", "all", "r"],
     "T4.1": [1.0, 0.5, 0.8],
     "T4.2": [
         lambda x, y: np.corrcoef(x, y)[0, 1],
@@ -186,7 +196,8 @@ def test_the_notebook_runs_and_every_solution_is_right(path, run_notebook):
 def ends(control):
     """First and last value of a control."""
     if isinstance(control, ipywidgets.Dropdown):
-        return control.options[0], control.options[-1]
+        values = [o[1] if isinstance(o, tuple) else o for o in control.options]  # label, value
+        return values[0], values[-1]
     return control.min, control.max
 
 
@@ -194,7 +205,9 @@ def ends(control):
 def test_figures_follow_their_sliders_from_end_to_end(tutorial, monkeypatch):
     module = import_module(f"ctsma_lab.tutorials.{MODULES[tutorial]}")
     panels = []
-    monkeypatch.setattr(module, "explore", lambda draw, **controls: panels.append((draw, controls)))
+    monkeypatch.setattr(
+        module, "explore", lambda draw, button="", **controls: panels.append((draw, controls))
+    )
     for name in dir(module):
         if name.startswith("explore_"):
             getattr(module, name)()
@@ -222,6 +235,30 @@ def test_a_panel_draws_again_when_a_slider_moves(monkeypatch):
     assert before[:4] == after[:4] == b"\x89PNG"
     assert after != before
     assert not plt.get_fignums()
+
+
+def test_a_panel_with_a_button_draws_when_it_is_pressed(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sliders, "display", shown.append)
+    draw = t3_training.draw_likelihood
+    rho, number = sliders.slider("rho", 0, 1, 0.1, 0.5), sliders.slider("patches", 2, 16, 1, 4)
+    sliders.explore(draw, button="Draw", rho=rho, n_patches=number)
+    *_, button, picture = shown[0].children
+    assert not picture.value
+    button.click()
+    assert bytes(picture.value)[:4] == b"\x89PNG"
+    assert (button.description, button.disabled) == ("Draw", False)
+
+
+@pytest.mark.parametrize("arm", t3_training.LABELS_HERE)
+def test_small_networks_never_see_the_knees_they_are_tested_on(arm):
+    for fold in range(t3_training.N_FOLDS):
+        known, rows = t3_training.divided(arm, fold, 8, 0.3, 0)
+        seen = np.concatenate([rows.fit, rows.validation, rows.unlabelled])
+        assert len(np.unique(known.subjects[np.concatenate([rows.fit, rows.validation])])) == 8
+        assert len(np.unique(known.subjects[rows.unlabelled])) == 8
+        assert not set(known.subjects[seen]) & set(known.subjects[rows.test])
+        assert np.isfinite(known.targets[rows.test]).all()
 
 
 @pytest.mark.parametrize("tutorial", MODULES)

@@ -4,12 +4,16 @@ import json
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 
+from ctsma.common import BIOMARKERS, BONES
 from ctsma.files import SHARE
+from ctsma.patches import MR_SHAPE, Patches
 
 DATA = SHARE / "notebooks" / "data"
+PATCH = ["knee_id", "patch_id"]  # what names a patch
 IDENTIFIERS = {"knee_id": "str", "subject_id": "str"}
 
 
@@ -26,8 +30,30 @@ def read_patches(folder: Path = DATA) -> pd.DataFrame:
 
 @cache
 def read_knees(folder: Path = DATA) -> pd.DataFrame:
-    """One row per knee: knee_id, subject_id, fold, oa (0 or 1), age, sex, bmi."""
+    """One row per knee: knee_id, subject_id, fold, oa (0 or 1), age, sex, bmi.
+
+    `ct_fwhm_mm` and `ct_noise_hu` are what the simulated CT scanner drew.
+    """
     return pd.read_csv(folder / "knees.csv", dtype=IDENTIFIERS)
+
+
+@cache
+def read_patch_images(folder: Path = DATA) -> Patches:
+    """CT, MR and trabecular region of one patch of each compartment of 24 knees.
+
+    The table has the columns of `read_patches`, the MR reference as `<biomarker>`, and the HU of
+    the knee's cortex.
+    """
+    with np.load(folder / "patches_small.npz") as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    names = pd.MultiIndex.from_arrays([arrays["knee_id"], arrays["patch_id"]], names=PATCH)
+    table = read_patches(folder).set_index(PATCH).loc[names].reset_index()
+    table[list(BIOMARKERS)] = table[[f"{name}_reference" for name in BIOMARKERS]].to_numpy()
+    table[[f"cortical_hu_{bone}" for bone in BONES]] = arrays["cortical_hu"]
+    low, high = arrays["mr_limits"].T[:, :, None, None, None]
+    mr = low + (high - low) * (arrays["mr"] / np.float32(255))
+    voi = np.unpackbits(arrays["voi"], axis=1).reshape(-1, *MR_SHAPE).astype(bool)
+    return Patches(table, mr=mr.astype(np.float32), ct=arrays["ct"], voi=voi)
 
 
 @cache

@@ -13,6 +13,7 @@ import numpy as np
 MODULES = {
     "T1": "t1_resolution",
     "T2": "t2_registration",
+    "T3": "t3_training",
     "T4": "t4_agreement",
     "T5": "t5_diagnosis",
 }

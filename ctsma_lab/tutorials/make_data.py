@@ -5,29 +5,33 @@ The run must be one of simulated knees. Files go to notebooks/data, whose README
 
 import argparse
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import SimpleITK as sitk
 
 import kneesim
+from ctsma.arms import TRAINED
 from ctsma.cohort import read_knee_volume
-from ctsma.common import BIOMARKERS, BONES, InputError
+from ctsma.common import BIOMARKERS, BONES, COMPARTMENTS, InputError
 from ctsma.files import atomic, write_json, write_text
+from ctsma.patches import load_patches
 from ctsma.registration import apply_rigid, read_stages
 from ctsma.registration.transforms import Rigid
 from ctsma_lab.run import Run
+from kneesim.knees import draw_scan
 
-from .data import DATA
+from .data import DATA, PATCH
 
-ARMS = ("hu_regression_calibrated", "ct_only", "ct_sma", "ct_sma_plus")
-PATCH = ["knee_id", "patch_id"]
 PLACE = ["knee_id", "subject_id", "patch_id", "fold", "compartment", "u", "v", "w", "mean_hu"]
 
 VOXEL_MM = 0.6  # of the knee; its trabeculae still align the bones to 0.02 mm
 HALF_MM, MARGIN_MM = (40.0, 30.0, 32.0), 4.0  # half box of the CT; the MR has a margin around it
 CT_RANGE, MR_RANGE, STEP = (-200, 1400), (0, 1100), 16  # grey values are rounded: smaller files
 N_TARGETS = 150  # of each bone
+N_KNEES = 24  # whose patches are kept as images, one of each compartment
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,8 +42,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--knee", help="identifier of the knee (default: most change of flexion)")
     given = parser.parse_args(arguments)
     run = Run(given.run)
+    knee_id = given.knee or most_flexed(run)
     write_tables(run, given.out)
-    write_knee(run, given.out, given.knee or most_flexed(run))
+    write_patch_images(run, given.out, knee_id)
+    write_knee(run, given.out, knee_id)
 
 
 def write_tables(run: Run, out: Path) -> None:
@@ -47,29 +53,91 @@ def write_tables(run: Run, out: Path) -> None:
 
     Raises InputError where an arm or the ground truth is missing.
     """
-    predictions = run.read_table("models/predictions.csv")
-    missing = [arm for arm in ARMS if arm not in set(predictions["arm"])]
-    if missing or "bv_tv_true" not in predictions:
+    table, arms = patch_table(run)
+    missing = [arm for arm in TRAINED if arm not in arms]
+    if missing or "bv_tv_true" not in table:
         lacking = ", ".join(missing) or "the ground truth"
         problem, remedy = f"lacks {lacking}", "give a finished run of simulated knees"
         raise InputError(run.path / "models" / "predictions.csv", problem, remedy)
-    arms = {name: rows.set_index(PATCH).sort_index() for name, rows in predictions.groupby("arm")}
-    first = arms[ARMS[0]]
+    rounding = dict.fromkeys(table.columns, 4) | {"mean_hu": 1, "u": 1, "v": 1, "w": 1}
+    text = table.round(rounding).to_csv(index=False, lineterminator="\n")
+    write_text(out / "patches.csv", text)
+    knees = knee_table(run, table["knee_id"])
+    write_text(out / "knees.csv", knees.to_csv(index=False, lineterminator="\n"))
+
+
+def patch_table(run: Run) -> tuple[pd.DataFrame, list[str]]:
+    """Estimates of a run as `read_patches` gives them, and the names of its arms.
+
+    `<biomarker>_true` is there for simulated knees alone.
+    """
+    predictions = run.read_table("models/predictions.csv")
+    arms = {}
+    for name, rows in predictions.groupby("arm", sort=False):
+        arms[name] = rows.set_index(PATCH).sort_index()
+    first = next(iter(arms.values()))
     table = first.reset_index()[PLACE].set_index(PATCH, drop=False)
     for source in ("reference", "true"):
         names = {f"{biomarker}_{source}" for biomarker in BIOMARKERS}
         table = table.join(first[[name for name in first if name in names]])
-    for arm in ARMS:
-        table = table.join(arms[arm][list(BIOMARKERS)].add_suffix(f"_{arm}"))
-    rounding = dict.fromkeys(table.columns, 4) | {"mean_hu": 1, "u": 1, "v": 1, "w": 1}
-    text = table.round(rounding).to_csv(index=False, lineterminator="\n")
-    write_text(out / "patches.csv", text)
+    for arm, rows in arms.items():
+        table = table.join(rows[list(BIOMARKERS)].add_suffix(f"_{arm}"))
+    return table.reset_index(drop=True), list(arms)
 
-    knees = run.manifest().dropna(subset=["oa"])
-    knees = knees.merge(run.splits(), on="subject_id").sort_values("knee_id")
-    knees = knees[knees["knee_id"].isin(table["knee_id"])].astype({"oa": int})
+
+def knee_table(run: Run, knee_ids: pd.Series) -> pd.DataFrame:
+    """Knees with an OA label as `read_knees` gives them.
+
+    `ct_fwhm_mm` and `ct_noise_hu` are there where the run simulated its knees with this protocol.
+    """
+    manifest = run.manifest()
+    knees = manifest.dropna(subset=["oa"]).merge(run.splits(), on="subject_id")
+    knees = knees[knees["knee_id"].isin(knee_ids)].sort_values("knee_id").astype({"oa": int})
     columns = ["knee_id", "subject_id", "fold", "oa", "age", "sex", "bmi"]
-    write_text(out / "knees.csv", knees[columns].to_csv(index=False, lineterminator="\n"))
+    cohort = run.results("cohort")
+    if kneesim.has_truth(manifest.attrs["root"]) and _same_protocol(cohort):
+        constants, seed = kneesim.load_protocol(), int(cohort["seed"])
+        streams = [[seed, zlib.crc32(name.encode())] for name in knees["knee_id"]]
+        drawn = [draw_scan("ct", constants, stream) for stream in streams]
+        knees["ct_fwhm_mm"] = [round(ct["fwhm_in_plane"], 3) for ct in drawn]
+        knees["ct_noise_hu"] = [round(ct["noise"], 1) for ct in drawn]
+        columns += ["ct_fwhm_mm", "ct_noise_hu"]
+    return knees[columns]
+
+
+def _same_protocol(cohort: dict) -> bool:
+    return cohort.get("protocol_sha256") == kneesim.protocol_sha256()
+
+
+def write_patch_images(run: Run, out: Path, knee_id: str) -> None:
+    """Write patches_small.npz: one patch of each compartment of a few knees, `knee_id` among them.
+
+    Half of the knees have OA. The MR of each patch is rounded to 256 grey values.
+    """
+    patches = load_patches(run.path / "patches")
+    first = patches.table.groupby(["knee_id", "compartment"], sort=False).head(1)
+    complete = first.groupby("knee_id").size() == len(COMPARTMENTS)
+    oa = knee_table(run, first["knee_id"]).set_index("knee_id")["oa"]
+    chosen = []
+    for label in (0, 1):
+        names = [name for name in oa.index[oa == label] if complete[name]]
+        names.sort(key=lambda name: name != knee_id)  # it comes first
+        chosen += names[: N_KNEES // 2]
+    rows = first.index[first["knee_id"].isin(chosen)].to_numpy()
+    table, mr = patches.table.loc[rows], patches.mr[rows].astype(np.float32)
+    low, high = mr.min(axis=(1, 2, 3)), mr.max(axis=(1, 2, 3))
+    shares = (mr - low[:, None, None, None]) / (high - low)[:, None, None, None]
+    arrays = {
+        "knee_id": table["knee_id"].to_numpy(str),
+        "patch_id": table["patch_id"].to_numpy(),
+        "cortical_hu": table[[f"cortical_hu_{bone}" for bone in BONES]].to_numpy(),
+        "ct": np.round(patches.ct[rows].astype(np.float32)).astype(np.int16),
+        "mr": np.round(shares * 255).astype(np.uint8),
+        "mr_limits": np.column_stack([low, high]),
+        "voi": np.packbits(patches.voi[rows].astype(bool).reshape(len(rows), -1), axis=1),
+    }
+    with atomic(out / "patches_small.npz") as temporary:
+        np.savez_compressed(temporary, **arrays)
 
 
 def most_flexed(run: Run) -> str:

@@ -33,11 +33,25 @@ def choice(label: str, options: list, value: object) -> ipywidgets.Widget:
     )
 
 
-def explore(draw: Callable, **controls: ipywidgets.Widget) -> None:
+def steps(label: str, options: list, value: object) -> ipywidgets.Widget:
+    """A slider through named options in their order."""
+    return ipywidgets.SelectionSlider(
+        options=options,
+        value=value,
+        description=label,
+        continuous_update=False,
+        style={"description_width": "13em"},
+        layout={"width": "32em"},
+    )
+
+
+def explore(draw: Callable, button: str = "", **controls: ipywidgets.Widget) -> None:
     """Show the controls above the figure that `draw` makes from their values.
 
     `draw` takes one keyword argument for each control and returns a matplotlib figure. The figure
-    is shown as an image widget: an output widget can stall a notebook that runs without a browser.
+    follows the controls; with the name of a `button` it waits until this is pressed, from the
+    beginning. It is shown as an image widget: an output widget can stall a notebook that runs
+    without a browser.
     """
     picture = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
 
@@ -48,7 +62,21 @@ def explore(draw: Callable, **controls: ipywidgets.Widget) -> None:
         plt.close(figure)
         picture.value = stream.getvalue()
 
-    for control in controls.values():
-        control.observe(update, "value")
-    update()
-    display(ipywidgets.VBox([*controls.values(), picture]))
+    shown = list(controls.values())
+    if button:
+        shown.append(ipywidgets.Button(description=button, button_style="primary"))
+        shown[-1].on_click(lambda pressed: _while_disabled(pressed, update))
+    else:
+        for control in controls.values():
+            control.observe(update, "value")
+        update()
+    display(ipywidgets.VBox([*shown, picture]))
+
+
+def _while_disabled(button: ipywidgets.Button, work: Callable[[], None]) -> None:
+    """Do some work while the button cannot be pressed and says so."""
+    name, button.description, button.disabled = button.description, "working ...", True
+    try:
+        work()
+    finally:
+        button.description, button.disabled = name, False

@@ -1,0 +1,118 @@
+"""The explorer: figures of the shipped data, filters, intervals, and its notebook."""
+
+import io
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import nbclient
+import nbformat
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from ctsma_lab import explore
+from ctsma_lab.tutorials.data import read_patches
+
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "tutorials" / "explore.ipynb"
+
+
+@pytest.fixture(scope="module")
+def study():
+    return explore.open_study()
+
+
+def test_static_figures_show_the_knee_the_patch_and_the_agreement(study):
+    figures = explore.static_figures(study)
+    assert list(figures) == ["knee", "patch", "agreement"]
+    for figure in figures.values():
+        assert "simulated" in figure.get_suptitle()
+        figure.savefig(io.BytesIO())
+        plt.close(figure)
+
+
+@pytest.mark.parametrize("plane", explore.PLANES)
+def test_planes_have_the_head_or_the_front_on_top(study, plane):
+    ct = study.knee(study.with_images[0]).ct
+    points = explore.plane_points(ct, plane, 0.5)
+    normal, row, column = explore.PLANES[plane]
+    assert np.ptp(points[..., normal]) == 0
+    down, along = points[1, 0] - points[0, 0], points[0, 1] - points[0, 0]
+    assert down[row] == pytest.approx(-explore.PIXEL_MM if row == 2 else explore.PIXEL_MM)
+    assert along[column] == pytest.approx(explore.PIXEL_MM)
+    size_mm = np.multiply(ct.GetSize(), ct.GetSpacing())
+    assert points.shape[:2] == pytest.approx(size_mm[[row, column]] / explore.PIXEL_MM, abs=2)
+
+
+def test_the_last_stage_aligns_the_knee_and_the_figure_says_so(study):
+    images = study.knee(study.with_images[0])
+    assert isinstance(images.ct, sitk.Image)
+    figure = explore.draw_knee(study, study.with_images[0], "coronal", 0.5, "femur", "trabeculae")
+    assert figure.axes[-1].get_title() == "TRE: femur 0.01, tibia 0.02 mm"
+    plt.close(figure)
+
+
+def test_a_knee_without_ground_truth_has_no_registration_error(study, monkeypatch):
+    known = study.knee(study.with_images[0])
+    images = explore.KneeImages(known.ct, known.mr, known.labels, known.stages)
+    monkeypatch.setattr(explore.Study, "knee", lambda self, knee_id: images)
+    figure = explore.draw_knee(study, study.with_images[0], "axial", 0.6, "tibia", "centre")
+    assert "unknown" in figure.axes[-1].texts[0].get_text()
+    plt.close(figure)
+
+
+def test_intervals_of_all_arms_cover_nine_of_ten_references(study):
+    table = read_patches().sample(40, random_state=0)
+    covered = []
+    for row in table.to_dict("records"):
+        rows = explore.interval_rows(study, "tb_n_per_mm", row["knee_id"], row["patch_id"])
+        reference = row["tb_n_per_mm_reference"]
+        covered += ((rows["low"] <= reference) & (reference <= rows["high"])).tolist()
+        assert rows["value"].between(rows["low"], rows["high"]).all()
+    assert len(rows) == len(study.arms) == 7
+    assert 0.8 < np.mean(covered) < 1
+
+
+def test_filters_choose_patches_and_knees(study):
+    patches, knees = explore.selected(study)
+    assert (len(patches), len(knees)) == (1269, 80)
+    patches, knees = explore.selected(study, bone="tibia", side="medial", oa="OA")
+    assert set(patches["compartment"]) == {"tibia_medial"}
+    assert set(knees["oa"]) == {1}
+    assert set(patches["knee_id"]) <= set(knees["knee_id"])
+    sharp = explore.selected(study, ct_fwhm_mm="sharp kernel", ct_noise_hu="low noise")[1]
+    assert (sharp["ct_fwhm_mm"] <= study.knees["ct_fwhm_mm"].median()).all()
+    assert (sharp["ct_noise_hu"] <= study.knees["ct_noise_hu"].median()).all()
+
+
+def test_agreement_follows_the_filters(study):
+    everything = explore.draw_agreement(study, "ct_sma_plus", "bv_tv")
+    assert everything.axes[0].get_title().startswith("ICC(A,1) 0.72")
+    one_class = explore.draw_agreement(study, "ct_sma_plus", "bv_tv", oa="OA", bone="femur")
+    assert one_class.axes[0].get_title() != everything.axes[0].get_title()
+    assert "with and without OA" in one_class.axes[2].texts[0].get_text()
+    plt.close("all")
+
+
+def test_no_patch_left_is_said(study):
+    few = explore.Study("one knee", study.patches[:3], study.knees, study.arms, [], [])
+    figure = explore.draw_agreement(few, "ct_sma_plus", "bv_tv", bone="tibia")
+    assert "fewer than two subjects" in figure.axes[0].texts[0].get_text()
+    plt.close(figure)
+
+
+def test_a_patch_number_beyond_the_last_shows_the_last(study):
+    figure = explore.draw_patch(study, study.with_patches[0], 99)
+    assert "patch 4 of 4" in figure.get_suptitle()
+    plt.close(figure)
+
+
+def test_the_notebook_runs_on_the_shipped_data():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not [cell for cell in code if cell.outputs or cell.execution_count]
+    patience = {"timeout": 300, "startup_timeout": 300, "iopub_timeout": 60}  # a busy machine
+    folder = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    nbclient.NotebookClient(notebook, resources=folder, **patience).execute()
+    for cell in code:
+        for output in cell.outputs:
+            assert output.get("name") != "stderr", output.text
