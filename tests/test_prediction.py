@@ -688,6 +688,7 @@ def test_a_dicom_folder_gives_what_the_nifti_file_gives_without_the_name(
         assert b"Doe^" not in file.read_bytes(), file
 
 
+@pytest.mark.slow
 def test_a_ct_simulated_from_a_real_knee_is_read(real_data, ensemble):
     image, side = simulated_ct(1, (92.0, 84.0, 72.0), real_data / "knee_labels.nrrd")
     found = prediction.predict_knee(sitk.Cast(image, sitk.sitkFloat32), side, ensemble)
