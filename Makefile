@@ -12,7 +12,7 @@ export MKL_NUM_THREADS := 1
 export NUMBA_NUM_THREADS := 1
 export ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS := 1
 
-.PHONY: study test lab lint clean clean-venv lock
+.PHONY: study test test-browser lab lint clean clean-venv lock
 
 study: $(READY)
 	$(BIN)/ctsma run --profile $(PROFILE)
@@ -20,8 +20,13 @@ study: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
+# Pages and notebooks in Chromium, where it is installed; see CONTRIBUTING.md.
+test-browser: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .[browser]
+	$(BIN)/python -m pytest -rs tests/browser_checks.py
+
 lab: $(READY)
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/index.ipynb
 
 lint: $(READY)
 	$(BIN)/ruff check .
