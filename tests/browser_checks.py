@@ -178,7 +178,7 @@ def test_a_figure_follows_its_slider(browser, lab, screenshots, notebook, label)
     page, _ = opened(browser, f"{lab}lab/tree/notebooks/{notebook}?reset", 1400)
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
     page.wait_for_function("() => window.jupyterapp")
-    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
     boxes = page.locator(".widget-vbox:has(img.widget-image):has(.noUi-handle)")
     box = boxes.filter(has_text=label).first
     picture, readout = box.locator("img.widget-image"), box.locator(".widget-readout").first
