@@ -1,7 +1,9 @@
-# make study: set everything up and run the whole study. make test: set everything up and run the tests.
+# make study: set everything up and run the whole study. make test: set everything up and run the tests,
+# two at a time; make test-all: the slow ones too.
 PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= quick
+JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/ctsma-ready
 
@@ -12,13 +14,17 @@ export MKL_NUM_THREADS := 1
 export NUMBA_NUM_THREADS := 1
 export ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS := 1
 
-.PHONY: study test test-browser lab lint clean clean-venv lock
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+.PHONY: study test test-all test-browser lab lint clean clean-venv lock
 
 study: $(READY)
 	$(BIN)/ctsma run --profile $(PROFILE)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-all: $(READY)
+	$(PYTEST) -m "slow or not slow"
 
 # Pages and notebooks in Chromium, where it is installed; see CONTRIBUTING.md.
 test-browser: $(READY)

@@ -1,11 +1,17 @@
-"""CPU seconds of the simulation of a knee, by part, against another commit.
+"""CPU seconds per knee of parts of the study, against another commit.
 
-    python benchmarks/speed.py simulation [--parent COMMIT] [--knees 4]
+    python benchmarks/speed.py PART [--parent COMMIT] [--knees 4]
 
-Simulates the same knees of the full field of view on one thread: an earlier knee, which is not
-counted, compiles and fills caches. With --parent the same is measured with the packages of that
-commit, in turn with these, since the speed of a machine varies; of each the fastest of several
-rounds counts. Writes docs/results/speed.json, one key per part.
+simulation    the same knees of the full field of view, by step
+ground_truth  true biomarkers of the patches of simulated knees
+training      four epochs of teacher and student on random patches, 16 of a knee
+scaling       whole runs of 10, 20, 40 ... knees up to --knees, and the exponent of their cost
+
+All but `scaling` run on one thread: an earlier knee, which is not counted, compiles and fills
+caches. With --parent the same is measured with the packages of that commit, in turn with these,
+since the speed of a machine varies; of each the fastest of several rounds counts. Writes
+docs/results/speed.json, one key per part. Patches per second of training as a share of a plain
+convolution's rate are in `training_speed.py`, peers of registration in `registration_peers.py`.
 """
 
 import argparse
@@ -77,7 +83,88 @@ def simulation(n_knees: int) -> dict[str, float]:
     }
 
 
-PARTS = {"simulation": simulation}
+def ground_truth(n_knees: int) -> dict[str, float]:
+    """CPU seconds per knee of the true biomarkers of its patches; the knees are not counted."""
+    import kneesim
+    from kneesim.knees import simulate_knee
+
+    rows = kneesim.draw_subjects(kneesim.load_protocol(), n_knees + 1, SEED).to_dict("records")
+    cutting = {"n_per_compartment": 4, "n_truth": 1, "seed": SEED, "definition": "plate"}
+    with tempfile.TemporaryDirectory() as root:
+        for row in rows:
+            row |= simulate_knee(row, Path(root), root=root, seed=SEED)
+            kneesim.extract_true_patches(row, Path(root), root=root, **cutting)
+        kneesim.measure_ground_truth(rows[-1], Path(root), root=root, patches_folder=root)
+        started = time.process_time()
+        for row in rows[:-1]:
+            kneesim.measure_ground_truth(row, Path(root), root=root, patches_folder=root)
+        return {"total": (time.process_time() - started) / n_knees}
+
+
+def training(n_knees: int) -> dict[str, float]:
+    """CPU seconds per knee of four epochs of a teacher and of a student, on random patches."""
+    import numpy as np
+    import pandas as pd
+    import torch
+
+    from ctsma.arms import ARMS
+    from ctsma.common import BIOMARKERS, BONES
+    from ctsma.distillation import Settings
+    from ctsma.distillation.data import make_fold, prepare
+    from ctsma.distillation.training import train
+    from ctsma.patches import CT_SHAPE, MR_SHAPE, Patches
+
+    torch.set_num_threads(1)
+    rng, n = np.random.default_rng(SEED), 16 * n_knees
+    knees = [f"k{row // 16}" for row in range(n)]
+    table = pd.DataFrame({"knee_id": knees, "subject_id": knees})
+    table[list(BIOMARKERS)] = rng.random((n, len(BIOMARKERS)))
+    table[[f"cortical_hu_{bone}" for bone in BONES]] = 1500.0
+    ct, mr = 300 + 200 * rng.standard_normal((n, *CT_SHAPE)), rng.random((n, *MR_SHAPE))
+    data = prepare(Patches(table, mr=mr, ct=ct, voi=np.ones((n, *MR_SHAPE), bool)))
+    subjects = table["subject_id"].unique()
+    splits = pd.DataFrame({"subject_id": subjects, "fold": np.arange(len(subjects)) % 4})
+    seconds = {}
+    for name in ("mr_teacher", "ct_residual"):
+        for epochs in (1, 4):  # the first is not counted
+            settings = Settings(epochs=epochs, precision="float32")
+            fold = make_fold(data, splits, 0, 0, settings, ARMS[name])
+            started = time.process_time()
+            train(data, fold, {}, None, 0, settings)
+            seconds[name] = (time.process_time() - started) / n_knees
+    return seconds | {"total": sum(seconds.values())}
+
+
+def scaling(n_knees: int) -> dict[str, float]:
+    """CPU seconds per knee of whole runs by number of knees, and the exponent of their cost."""
+    import resource
+
+    import numpy as np
+
+    counts = [10 * 2**k for k in range(20) if 10 * 2**k <= n_knees]
+    if len(counts) < 2:
+        sys.exit("scaling: compares runs of 10 and more knees; give --knees 20 or more.")
+    per_knee = {}
+    for n in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            run = [sys.executable, "-m", "ctsma.cli", "run", "--set", f"n_knees={n}"]
+            subprocess.run(run, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+        per_knee[n] = used / n
+    total = np.array([n * seconds for n, seconds in per_knee.items()])
+    exponent = np.polyfit(np.log(counts), np.log(total), 1)[0]
+    by_count = {str(n): seconds for n, seconds in per_knee.items()}
+    return by_count | {"exponent": float(exponent), "total": per_knee[counts[-1]]}
+
+
+PARTS = {
+    "simulation": simulation,
+    "ground_truth": ground_truth,
+    "training": training,
+    "scaling": scaling,
+}
 
 
 def measure(part: str, n_knees: int, tree: Path) -> dict[str, float]:

@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
-import joblib
 import pandas as pd
-import SimpleITK as sitk
 import yaml
 
 from ctsma.common import VOLUMES, InputError
 from ctsma.files import ROOT, plain, sha256_file, write_json
+from ctsma.parallel import run_tasks
 
 SOURCES = ("ctsma", "kneesim", "dicom_import", "ctsma_predict")  # packages whose code is followed
 NOT_FOLLOWED = {"arms.yaml", "profiles.yaml"}  # what they say of a run is part of its parameters
@@ -144,7 +143,7 @@ def map_knees(
     folder : where `<knee_id>.json`, the record of a finished knee, is kept.
     parameters : keyword arguments, JSON-able.
     after : folders of earlier `map_knees` whose record of the same knee is an input of this one.
-    n_jobs : processes, one thread each (joblib, and so any backend of joblib).
+    n_jobs : processes on this machine, as of `ctsma.parallel.run_tasks`.
     report : called as `report(line, done=..., total=...)` after each knee.
 
     Returns
@@ -164,25 +163,26 @@ def map_knees(
             done[knee_id] = record
     waiting = [row for row in rows if row["knee_id"] not in done]
     n_reused, started = len(done), time.perf_counter()
-    with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-        compute = joblib.delayed(_compute)
-        tasks = [compute(function, row, folder, parameters, keys) for row in waiting]
-        for record in joblib.Parallel(return_as="generator_unordered")(tasks):
-            done[record["knee_id"]] = record
-            if report:
-                seconds_each = (time.perf_counter() - started) / (len(done) - n_reused)
-                left = time_left(seconds_each * (len(rows) - len(done)))
-                outcome = record["error"] or f"{record['seconds']:.1f} s{left}"
-                line = f"{function.__name__} {len(done)}/{len(rows)} {record['knee_id']}: {outcome}"
-                report(line, done=len(done), total=len(rows))
+    tasks = [(function, row, folder, parameters, keys) for row in waiting]
+    for record in run_tasks(_compute, tasks, n_jobs, ordered=False):
+        done[record["knee_id"]] = record
+        if report:
+            left = time_left(started, len(done) - n_reused, len(rows) - len(done))
+            outcome = record["error"] or f"{record['seconds']:.1f} s{left}"
+            line = f"{function.__name__} {len(done)}/{len(rows)} {record['knee_id']}: {outcome}"
+            report(line, done=len(done), total=len(rows))
     table = pd.DataFrame([done[row["knee_id"]] for row in rows])
     return table.drop(columns=["key", "files"], errors="ignore")
 
 
-def time_left(seconds: float) -> str:
-    """End of a progress line, for example ", about 4 min left"; "" when nothing is left."""
-    if seconds <= 0:
+def time_left(started: float, n_done: int, n_left: int) -> str:
+    """End of a progress line, for example ", about 4 min left"; "" when nothing is left.
+
+    started : `time.perf_counter()` before the first of n_done.
+    """
+    if not n_left:
         return ""
+    seconds = (time.perf_counter() - started) / n_done * n_left
     left = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
     return f", about {left} left"
 
@@ -212,7 +212,6 @@ def image_fingerprints(knee: dict, root: str | Path, columns: Iterable[str] = VO
 
 
 def _compute(function: Callable, row: dict, folder: Path, parameters: dict, keys: dict) -> dict:
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     started, knee_id = time.perf_counter(), row["knee_id"]
     outcome = {"knee_id": knee_id, "error": ""} | _attempt(function, row, folder, parameters)
     outcome["seconds"] = time.perf_counter() - started

@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from monai.networks.blocks import UnetResBlock
-from monai.networks.nets.resnet import ResNet
 from scipy.ndimage import uniform_filter
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold
@@ -121,12 +119,13 @@ def build(
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if size == "paper":
-            return _paper(role)
-        return _compact(role, widths, channels=3 if arm_input == "ct+cortex" else 2)
+        channels = 3 if arm_input == "ct+cortex" else 2
+        return _paper(role) if size == "paper" else _compact(role, widths, channels)
 
 
 def _compact(role: str, widths: tuple[int, ...], channels: int) -> Network:
+    from monai.networks.blocks import UnetResBlock  # MONAI takes seconds to import
+
     first, middle, last = widths
     stride = STRIDE[role]
     kernel, steps, padding = (1, 3 * stride, 3 * stride), (1, stride, stride), (0, stride, stride)
@@ -147,6 +146,9 @@ def _compact(role: str, widths: tuple[int, ...], channels: int) -> Network:
 
 def _paper(role: str) -> Network:
     """Published layout; unlike slow_r50 with 3 x 3 x 3 kernels and stride along the slices too."""
+    from monai.networks.blocks import UnetResBlock
+    from monai.networks.nets.resnet import ResNet
+
     blocks, channels = [3, 4, 6, 3], [64, 128, 256, 512]
     resnet = ResNet("bottleneck", blocks, channels, 3, 64, (1, 7, 7), (1, 2, 2), feed_forward=False)
     first = nn.Sequential(resnet.conv1, resnet.bn1, resnet.act, resnet.maxpool)
@@ -321,15 +323,3 @@ def apply_ridge(
 
 def _linear(weights: np.ndarray, features: np.ndarray) -> np.ndarray:
     return weights[0] + features @ weights[1:]
-
-
-def ridge_estimates(
-    features: np.ndarray,
-    targets: np.ndarray,
-    subjects: np.ndarray,
-    unseen: np.ndarray,
-    knees: np.ndarray | None = None,
-) -> np.ndarray:
-    """Estimates (m, 4) of `fit_ridge` for unseen (m, k), kept within the range of the targets."""
-    weights = fit_ridge(features, targets, subjects, knees).weights
-    return apply_ridge(weights, unseen, targets.min(0), targets.max(0))

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 
 from ctsma.arms import ARMS
@@ -113,6 +112,8 @@ def blend(
 
 def points_by_group(ax: Axes, table: pd.DataFrame, x: str, y: str, hue=None, ylabel="") -> Axes:
     """Box and every point of column `y` by the groups of column `x` (and `hue`: bones or arms)."""
+    import seaborn as sns  # a second to import, for this figure alone
+
     palette = {name: colour_of(name) for name in table[hue].unique()} if hue else None
     shared = {"data": table, "x": x, "y": y, "hue": hue, "palette": palette, "ax": ax}
     sns.boxplot(**shared, legend=False, showfliers=False, fill=False, linewidth=1)

@@ -23,6 +23,7 @@ from ctsma.files import SHARE, sha256_file, write_json
 from ctsma_lab.run import RESULTS, UNDER_RUNNER
 
 NOTEBOOKS = SHARE / "notebooks"
+RUN_TIMES = SHARE / "docs" / "results" / "run_times.json"  # of benchmarks/run_times.py
 STAGES = tuple(RESULTS)
 FOLDERS = {  # what a stage writes below the run's folder beside its results file and notebook
     "01_cohort": ("cohort", "calibration"),
@@ -48,8 +49,15 @@ class StageFailed(RuntimeError):
 
 
 def profiles() -> dict[str, dict]:
-    """The profiles of profiles.yaml by name: about, minutes, disk_gb, parameters."""
-    return yaml.safe_load(Path(__file__).with_name("profiles.yaml").read_text(encoding="utf-8"))
+    """The profiles of profiles.yaml by name: about, minutes, disk_gb, parameters.
+
+    `minutes` by stage are those of a finished run on two cores; empty where none was measured.
+    """
+    found = yaml.safe_load(Path(__file__).with_name("profiles.yaml").read_text(encoding="utf-8"))
+    times = json.loads(RUN_TIMES.read_text(encoding="utf-8")) if RUN_TIMES.exists() else {}
+    for name, profile in found.items():
+        profile["minutes"] = times.get(name, {}).get("minutes", {})
+    return found
 
 
 def plan(
@@ -111,6 +119,7 @@ def run(
                 continue
             started = time.perf_counter()
             report(f"{stage}: running")
+            write_json(path / "run.json", {"profile": profile, "running": stage} | identity)
             _execute(path, step, report)
             seconds = time.perf_counter() - started
             _record(path, step, seconds)
@@ -118,7 +127,10 @@ def run(
 
 
 def status(path: Path) -> list[dict]:
-    """Per stage of a run: stage, state ("done", "changed since", "not run"), seconds, finished."""
+    """Per stage of a run: stage, state, seconds, finished.
+
+    States are "done", "changed since", "not run" and, of a run in progress, "running".
+    """
     path = Path(path)
     if not (path / "run.json").exists():
         raise InputError(path, "is not the folder of a run", "give the name of a run below runs/")
@@ -132,7 +144,21 @@ def status(path: Path) -> list[dict]:
             state = "done" if whole and record["code"] == _code(stage) else "changed since"
         times = {"seconds": record.get("seconds"), "finished": record.get("finished")}
         rows.append({"stage": stage, "state": state} | times)
+    if running := _running_stage(path):
+        rows[STAGES.index(running)] |= {"state": "running", "seconds": None, "finished": None}
     return rows
+
+
+def _running_stage(path: Path) -> str:
+    """The stage that a process now executes in a run's folder; "" where none does."""
+    if not (path / ".lock").exists():
+        return ""
+    try:
+        with filelock.FileLock(path / ".lock").acquire(timeout=0):
+            return ""
+    except filelock.Timeout:
+        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        return record.get("running") or STAGES[0]
 
 
 def notebook_parameters(stage: str) -> dict[str, dict]:

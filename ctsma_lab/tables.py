@@ -253,11 +253,11 @@ def _difficulty_rows(cohort: Mapping) -> list[dict]:
 
 
 def profiles_table() -> str:
-    """Markdown table of the profiles, with estimates for two cores without GPU."""
+    """Markdown table of the profiles, with the measured times on two cores without GPU."""
     rows = []
     for name, profile in profiles().items():
-        hours = sum(profile["minutes"].values()) / 60
-        time = f"{60 * hours:.0f} min" if hours < 2 else f"{hours:.0f} h"
+        minutes = sum(profile["minutes"].values())
+        time = f"{minutes:.0f} min" if minutes else "not measured"
         about = profile["about"]
         rows.append(
             {"profile": f"`{name}`", "what": about, "time": time, "disk, GB": profile["disk_gb"]}

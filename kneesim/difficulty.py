@@ -8,7 +8,7 @@ from sklearn.metrics import r2_score
 
 from ctsma.common import BIOMARKERS
 from ctsma.diagnosis import auc_delong, compartment_means, cross_validate_tabular
-from ctsma.models import ct_features, ridge_estimates
+from ctsma.models import apply_ridge, ct_features, fit_ridge
 from ctsma.patches import Patches
 
 DIRECT_CT = (0.19, 0.65, "direct CT, R2 (Bone 2009, PMID 19442610)")
@@ -139,6 +139,18 @@ def icc_a1(a: np.ndarray, b: np.ndarray) -> float:
     ms_error = (residual**2).sum() / (n - 1)
     total = ms_targets + ms_error + 2 * (ms_raters - ms_error) / n
     return float((ms_targets - ms_error) / total)
+
+
+def ridge_estimates(
+    features: np.ndarray,
+    targets: np.ndarray,
+    subjects: np.ndarray,
+    unseen: np.ndarray,
+    knees: np.ndarray | None = None,
+) -> np.ndarray:
+    """Estimates (m, 4) of `fit_ridge` for unseen (m, k), kept within the range of the targets."""
+    weights = fit_ridge(features, targets, subjects, knees).weights
+    return apply_ridge(weights, unseen, targets.min(0), targets.max(0))
 
 
 def _ridge_estimates(patches: Patches, is_known: np.ndarray, splits: pd.DataFrame) -> pd.DataFrame:

@@ -119,10 +119,11 @@ def _true_biomarkers(row: dict, voi: np.ndarray, side: str, truth: Truth) -> lis
     extent = np.multiply(MR_SHAPE, MR_SPACING_MM)
     shape = tuple(round(mm / FINE_MM) for mm in extent)
     grid = patch_grid((row["x"], row["y"], row["z"]), side, shape, (FINE_MM,) * 3)
-    points = grid_points(grid).reshape(-1, 3)
-    bone = truth.microstructure(row["compartment"].split("_")[0], points).reshape(shape)
     nearest = []  # MR voxel of each fine voxel, by axis
     for n_fine, n_mr in zip(shape, MR_SHAPE, strict=True):
         nearest.append(((np.arange(n_fine) + 0.5) * n_mr / n_fine).astype(int))
-    measured = morphometry(bone, FINE_MM, voi[np.ix_(*nearest)], further=False)
+    voi = voi[np.ix_(*nearest)]
+    bone = np.zeros(shape, bool)  # nothing outside the region is measured
+    bone[voi] = truth.microstructure(row["compartment"].split("_")[0], grid_points(grid)[voi])
+    measured = morphometry(bone, FINE_MM, voi, further=False)
     return [measured[biomarker] for biomarker in BIOMARKERS]

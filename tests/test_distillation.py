@@ -303,8 +303,8 @@ def test_the_weights_of_least_validation_error_are_kept_and_a_finished_candidate
 
 
 def test_networks_and_ridge_learn_what_stripes_show(tmp_path):
-    patches = toy(10, 5)
-    settings = {"epochs": 40, "widths": (4, 8, 8), "learning_rate": 0.01, "batch_size": 4}
+    patches = toy(8, 4)
+    settings = {"epochs": 20, "widths": (4, 8, 8), "learning_rate": 0.02, "batch_size": 4}
     arms = ["hu_regression", "mr_teacher", "ct_only"]
     found = cross_validate(patches, splits_of(patches), arms, TINY | settings, [0], tmp_path)
     joined = distillation.with_reference(found.drop(columns="seed"), patches.table)

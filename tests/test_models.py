@@ -22,9 +22,9 @@ from ctsma.models import (
     ct_features,
     fit_ridge,
     masked_mean,
-    ridge_estimates,
     ridge_features,
 )
+from kneesim.difficulty import ridge_estimates
 
 SHAPES = {"mr": (2, 2, 12, 48, 48), "ct": (2, 2, 12, 24, 24), "ct+cortex": (2, 3, 12, 24, 24)}
 

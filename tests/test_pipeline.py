@@ -1,9 +1,13 @@
 """The cache, the folder of a run, and the runner on two small notebooks."""
 
+import importlib.util
+import io
 import json
 import logging
 import re
+import shutil
 import subprocess
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path, PureWindowsPath
 from unittest.mock import Mock
@@ -16,10 +20,11 @@ from ctsma import cache, files
 from ctsma.cohort import image_path, read_manifest
 from ctsma.cohort.manifest import SCHEMA
 from ctsma.common import InputError
-from ctsma.files import atomic
+from ctsma.files import ROOT, atomic
 from ctsma_lab import cli, runner
 from ctsma_lab.report import write_report
-from ctsma_lab.run import RESULTS, Run
+from ctsma_lab.run import RESULTS, UNDER_RUNNER, Run
+from ctsma_lab.terminal import Progress
 
 COMMON = (
     "run_dir: str = 'none'  # folder of the run\nprofile: str = 'quick'  # name\n"
@@ -45,7 +50,13 @@ CELLS = {
 
 
 @pytest.fixture
-def small_study(tmp_path, monkeypatch):
+def small_study(kernel_study, in_process):
+    """A study of two notebooks, run in this process; returns the run's folder."""
+    return kernel_study
+
+
+@pytest.fixture
+def kernel_study(tmp_path, monkeypatch):
     """A study of two notebooks in a folder of its own; returns the run's folder."""
     notebooks = tmp_path / "notebooks"
     notebooks.mkdir()
@@ -118,7 +129,7 @@ def test_a_rewritten_file_of_equal_content_is_not_a_change(small_study):
     assert calls(small_study) == "12"
 
 
-def test_a_failed_notebook_names_cell_error_and_partial_notebook(small_study, capsys):
+def test_a_failed_notebook_names_cell_error_and_partial_notebook(kernel_study, capsys):
     code = cli.main(["run", "--set", "fail=true"])
     message = capsys.readouterr().err
     assert code == cli.FAILED
@@ -129,7 +140,7 @@ def test_a_failed_notebook_names_cell_error_and_partial_notebook(small_study, ca
     errors = [output.evalue for output in outputs if output.output_type == "error"]
     assert "too small" in errors[0]
     assert cli.main(["run", "--set", "fail=false"]) == 0
-    assert calls(small_study) == "12"  # the first stage had succeeded and is not repeated
+    assert calls(kernel_study) == "12"  # the first stage had succeeded and is not repeated
 
 
 @pytest.mark.parametrize(
@@ -224,7 +235,7 @@ def test_numbers_out_of_range_and_broken_names_are_refused(
 @pytest.mark.parametrize("error", [MemoryError, BrokenProcessPool])
 def test_a_lack_of_memory_is_one_sentence(monkeypatch, capsys, error):
     monkeypatch.setattr("ctsma_lab.commands.status.status", Mock(side_effect=error))
-    assert cli.main(["status"]) == cli.FAILED
+    assert cli.main(["status", "--name", "any"]) == cli.FAILED
     assert capsys.readouterr().err.startswith("ctsma: a process was killed or ran out of memory;")
 
 
@@ -254,6 +265,51 @@ def test_a_second_run_in_the_same_folder_is_refused(small_study):
         start(small_study)
     start(small_study)
     assert calls(small_study) == "12"
+
+
+def test_status_lists_every_run_and_says_which_stage_runs(small_study, capsys, monkeypatch):
+    assert cli.main(["status"]) == cli.BAD_INPUT
+    assert "runs/: holds no run" in capsys.readouterr().err
+    shown = []
+    execute = runner._execute
+
+    def followed(path, step, report):
+        cli.main(["status"])
+        shown.append(capsys.readouterr().out)
+        execute(path, step, report)
+
+    monkeypatch.setattr(runner, "_execute", followed)
+    start(small_study)
+    assert "01_first                    running" in shown[0]
+    assert "02_second                   running" in shown[1]
+    assert "01_first                    done" in shown[1]
+    copy = shutil.copytree(small_study, small_study.parent / "other")
+    assert cli.main(["status"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "_" not in line] == [copy.name, small_study.name]
+    assert not any("running" in line for line in lines)
+
+
+def test_times_that_are_shown_are_those_of_a_finished_run(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("run_times", ROOT / "benchmarks" / "run_times.py")
+    run_times = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run_times)
+    done = {"state": "done", "seconds": 90.0, "finished": "2026-01-01T00:00:00+00:00"}
+    rows = [{"stage": stage} | done for stage in runner.STAGES]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "run.json").write_text('{"profile": "quick"}')
+    (tmp_path / "results" / "cohort.json").write_text('{"n_knees": 48, "git_commit": "a"}')
+    monkeypatch.setattr(run_times, "status", lambda run: rows)
+    for module in (run_times, runner):
+        monkeypatch.setattr(module, "RUN_TIMES", tmp_path / "run_times.json")
+    assert runner.profiles()["quick"]["minutes"] == {}
+    monkeypatch.setattr(sys, "argv", ["run_times.py", str(tmp_path)])
+    run_times.main()
+    assert runner.profiles()["quick"]["minutes"] == dict.fromkeys(runner.STAGES, 1.5)
+    assert runner.profiles()["full"]["minutes"] == {}
+    rows[4]["seconds"] = None
+    with pytest.raises(InputError, match="has not finished 05_roc_diagnosis"):
+        run_times.main()
 
 
 def test_dry_run_shows_the_plan_and_runs_nothing(small_study, capsys):
@@ -378,3 +434,42 @@ def test_a_finished_run_is_written_again_only_when_asked(tmp_path, capsys):
         Run.open(path, overwrite=False, **options, n_folds=4)
     Run.open(path, overwrite=True, **options, n_folds=4).write_results("registration", {"value": 2})
     assert json.loads((path / "results" / "registration.json").read_text())["value"] == 2
+
+
+class Screen(io.StringIO):
+    """A terminal that keeps what is written to it."""
+
+    def isatty(self):
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal_and_one_line_per_step_elsewhere(monkeypatch, capsys):
+    def work(progress):
+        progress("01_cohort: running")
+        progress("  simulate_knee 1/2 k0000: 3.0 s, about 3 s left", done=1, total=2)
+
+    with Progress() as progress:
+        work(progress)
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [
+        "01_cohort: running",
+        "  simulate_knee 1/2 k0000: 3.0 s, about 3 s left",
+    ]
+    assert not printed.err
+    screen = Screen()
+    monkeypatch.setattr("sys.stderr", screen)
+    with Progress() as progress:
+        work(progress)
+        assert (progress.bar.n, progress.bar.total) == (1, 2)
+    assert "about 3 s left" in screen.getvalue()
+
+
+def test_a_notebook_opened_by_a_user_shows_a_bar_that_ends(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(UNDER_RUNNER, raising=False)
+    run = Run(tmp_path / "run")
+    run.report("register_pair 1/2 k0000: 3.0 s, about 3 s left", done=1, total=2)
+    assert (run.bar.n, run.bar.total) == (1, 2)
+    run.report("register_pair 2/2 k0001: 3.0 s", done=2, total=2)
+    assert run.bar is None
+    assert "2/2" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "progress.log").exists()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import ipywidgets
 import matplotlib.pyplot as plt
-import nbclient
 import nbformat
 import numpy as np
 import pytest
@@ -177,11 +176,8 @@ def _names(cell, context):
 
 
 @EVERY_SOURCE
-def test_the_notebook_runs_and_every_solution_is_right(path):
-    notebook = nbformat.read(path, as_version=4)
-    patience = {"timeout": 300, "startup_timeout": 300, "iopub_timeout": 60}  # a busy machine
-    folder = {"metadata": {"path": str(path.parent)}}
-    nbclient.NotebookClient(notebook, resources=folder, **patience).execute()
+def test_the_notebook_runs_and_every_solution_is_right(path, run_notebook):
+    notebook = run_notebook(path)
     verdicts = {}
     for cell in notebook.cells:
         for number in numbers_checked([cell]):

@@ -10,30 +10,33 @@ FAR = 2**30
 
 
 @compiled()
-def _lower_envelope(lines):
-    """In place, for each row: value[i] <- min over j of value[j] + (i - j)^2, searched from i."""
-    n = lines.shape[1]
-    row = np.empty(n, lines.dtype)
-    for k in range(lines.shape[0]):
-        row[:] = lines[k]
+def _lower_envelope(values, result):
+    """Along the middle axis (k, n, m): result[i] <- min over j of values[j] + (i - j)^2.
+
+    The last axis is contiguous, so that the processor takes several lines at once.
+    """
+    n = values.shape[1]
+    for k in range(values.shape[0]):
         for i in range(n):
-            best, step = row[i], 1
-            while step < n and step * step < best:
-                if i >= step:
-                    best = min(best, row[i - step] + step * step)
-                if i + step < n:
-                    best = min(best, row[i + step] + step * step)
+            best, step, largest = result[k, i], 1, np.int32(FAR)
+            best[:] = values[k, i]
+            while step < n and step * step < largest:
+                # Past an end, a farther distance from the end is harmless.
+                before, after = values[k, max(i - step, 0)], values[k, min(i + step, n - 1)]
+                square, largest = np.int32(step * step), np.int32(0)
+                for x in range(len(best)):
+                    best[x] = min(best[x], np.int32(min(before[x], after[x]) + square))
+                    largest = max(largest, best[x])
                 step += 1
-            lines[k, i] = best
 
 
 def squared_distance(surface: np.ndarray, axes: tuple[int, ...] = (2, 1, 0)) -> np.ndarray:
     """Exact squared distance (int32, voxel^2) along `axes` to the next True voxel; FAR if none."""
     distance = np.where(surface, np.int32(0), np.int32(FAR))
     for axis in axes:
-        lines = np.ascontiguousarray(np.moveaxis(distance, axis, -1))
-        _lower_envelope(lines.reshape(-1, lines.shape[-1]))
-        distance = np.moveaxis(lines, -1, axis)
+        lines = np.ascontiguousarray(np.moveaxis(distance, axis, 1))
+        _lower_envelope(lines, result := np.empty_like(lines))
+        distance = np.moveaxis(result, 1, axis)
     return np.ascontiguousarray(np.minimum(distance, FAR))
 
 
@@ -50,24 +53,25 @@ def _covering_radius2(largest: int) -> np.ndarray:
         for k, along in enumerate((x, x + y, x + y + z), 1):
             np.maximum.at(cover[k], norm2, norm2 + 2 * along + k)
     cover[0] = FAR
-    return np.maximum.accumulate(cover, axis=1)
+    return np.maximum.accumulate(cover, axis=1).astype(np.int32)
 
 
 @compiled()
 def _ridge(radius2, cover):
-    """Flat indices of the balls that no neighbour's ball contains: only these need painting."""
+    """Whether no neighbour's ball contains a voxel's ball: only these need painting."""
     nz, ny, nx = radius2.shape
-    found = [0 for _ in range(0)]
-    for z, y, x in np.ndindex(radius2.shape):
-        size = radius2[z, y, x]
-        kept = size > 0
-        for k in range(max(z - 1, 0), min(z + 2, nz) if kept else 0):
+    kept = np.empty(radius2.shape, np.bool_)
+    for z, y in np.ndindex(nz, ny):
+        margin = radius2[z, y].copy()  # below the nearest bound
+        bounds = cover[:, margin]
+        for k in range(max(z - 1, 0), min(z + 2, nz)):
             for j in range(max(y - 1, 0), min(y + 2, ny)):
-                for i in range(max(x - 1, 0), min(x + 2, nx)):
-                    kept &= radius2[k, j, i] < cover[abs(k - z) + abs(j - y) + abs(i - x), size]
-        if kept:
-            found.append((z * ny + y) * nx + x)
-    return np.array(found)
+                for step in (-1, 0, 1):
+                    row, bound = radius2[k, j], bounds[abs(k - z) + abs(j - y) + abs(step)]
+                    for x in range(max(-step, 0), nx - max(step, 0)):
+                        margin[x] = min(margin[x], np.int32(bound[x] - row[x + step]))
+        kept[z, y] = margin > 0
+    return kept
 
 
 @compiled()
@@ -84,16 +88,17 @@ def _paint(radius2, centres):
             following[z, y, x] = x
     for x in range(nx - 1, -1, -1):
         following[:, :, x] = np.minimum(following[:, :, x], following[:, :, x + 1])
+    roots = np.sqrt(np.arange(radius2.max() + 1)).astype(np.int32)
     for centre in centres:
         cz, cy, cx = centre // (ny * nx), centre // nx % ny, centre % nx
         size = radius2[cz, cy, cx]
-        reach = int(np.sqrt(size))
+        reach = roots[size]
         for z in range(max(cz - reach, 0), min(cz + reach + 1, nz)):
             for y in range(max(cy - reach, 0), min(cy + reach + 1, ny)):
                 rest = size - (z - cz) ** 2 - (y - cy) ** 2
                 if rest < 0:
                     continue
-                half = int(np.sqrt(rest))
+                half = roots[rest]
                 row, x = following[z, y], max(cx - half, 0)
                 while True:
                     while row[x] != x:
@@ -106,17 +111,21 @@ def _paint(radius2, centres):
     return painted
 
 
-def _clean_surface(thickness: np.ndarray, surface: np.ndarray) -> np.ndarray:
+@compiled()
+def _clean_surface(thickness, surface):
     """Give each surface voxel the mean of its face neighbours inside the phase, if any."""
-    inner = np.pad(np.where(surface, 0, thickness), 1)
-    total, count = np.zeros_like(inner), np.zeros(inner.shape, np.float32)
-    for axis in range(3):
-        for step in (-1, 1):
-            neighbour = np.roll(inner, step, axis)  # only the padding wraps round
-            total += neighbour
-            count += neighbour > 0
-    mean = (total / np.maximum(count, 1))[1:-1, 1:-1, 1:-1]
-    return np.where(surface & (mean > 0), mean, thickness)
+    cleaned, (nz, ny, nx) = thickness.copy(), thickness.shape
+    for z, y, x in np.ndindex(thickness.shape):
+        total, count = np.float32(0), np.float32(0)
+        for axis in range(3 if surface[z, y, x] else 0):
+            for step in (1, -1):
+                k, j, i = z + step * (axis == 0), y + step * (axis == 1), x + step * (axis == 2)
+                if 0 <= k < nz and 0 <= j < ny and 0 <= i < nx and not surface[k, j, i]:
+                    total += thickness[k, j, i]
+                    count += thickness[k, j, i] > 0
+        if total > 0:
+            cleaned[z, y, x] = total / count
+    return cleaned
 
 
 def largest_balls(phase: np.ndarray, opposite: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -125,7 +134,7 @@ def largest_balls(phase: np.ndarray, opposite: np.ndarray) -> tuple[np.ndarray, 
     Both in voxel^2, 0 outside the phase; neither phase may be empty.
     """
     radius2 = np.where(phase, squared_distance(opposite), 0)
-    centres = _ridge(radius2, _covering_radius2(int(radius2.max())))
+    centres = np.flatnonzero(_ridge(radius2, _covering_radius2(int(radius2.max()))))
     order = np.argsort(-radius2.ravel()[centres], kind="stable")
     return radius2, _paint(radius2, centres[order])
 

@@ -7,7 +7,6 @@ size nor training, so every setting is a design choice.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import joblib
 import numpy as np
 import pandas as pd
 import torch
@@ -16,6 +15,7 @@ from numpy.random import Generator
 from torch import Tensor, nn
 
 from ctsma.common import BIOMARKERS, COMPARTMENTS, InputError
+from ctsma.parallel import run_tasks
 
 from .inputs import POSITION, knee_table
 
@@ -111,15 +111,15 @@ def cross_validate_arms(
     for arm, data in inputs.items():
         for seed in seeds:
             for fold in data.knees["fold"].unique():
-                tasks.append(joblib.delayed(_fold_scores)(arm, data, fold, settings, seed))
-    with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-        frames = joblib.Parallel()(tasks)
+                tasks.append((arm, fold, settings, seed, *vars(data).values()))
+    frames = run_tasks(_fold_scores, tasks, n_jobs)
     return pd.concat(frames).sort_values(["arm", "seed", "knee_id"], ignore_index=True)
 
 
 def _fold_scores(
-    arm: str, data: KneeTokens, fold: int, settings: TransformerSettings, seed: int
+    arm: str, fold: int, settings: TransformerSettings, seed: int, *arrays: ndarray
 ) -> pd.DataFrame:
+    data = KneeTokens(*arrays)
     model, tokens = fit_without_fold(data, fold, settings, seed)
     test = (data.knees["fold"] == fold).to_numpy(copy=True)
     with torch.no_grad():
@@ -197,7 +197,7 @@ def _train(
 ) -> PatchTransformer:
     """Full-batch AdamW on binary cross-entropy; keeps the weights of least validation loss."""
     rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    optimizer = torch.optim.AdamW(model.parameters(), **rates)
+    optimizer = torch.optim.AdamW(model.parameters(), **rates, fused=True)
     cross_entropy = nn.functional.binary_cross_entropy_with_logits
     tokens, absent, oa = fitting
     best_loss, best_epoch, best_state = np.inf, 0, None

@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pandas as pd
-import torch
 from numpy import ndarray
 
 from ctsma.arms import ARMS, TRAINED, Arm, validated
@@ -18,6 +16,7 @@ from ctsma.cache import content_hash, read_record, source_sha256, time_left
 from ctsma.common import BIOMARKERS, InputError
 from ctsma.files import sha256_file, versions
 from ctsma.models import Network, apply_ridge
+from ctsma.parallel import run_tasks
 from ctsma.patches import Patches, mean_cortical_hu
 
 from .checkpoints import load_model, save_model
@@ -75,27 +74,21 @@ def cross_validate(
     _check(patches, splits, chosen)
     data = prepare(patches)
     study = _Study(data, splits, settings, Path(folder), _data_key(data, splits))
-    first = [arm for arm in chosen if not arm.distilled]
-    distilled = [arm for arm in chosen if arm.distilled]
-    if distilled and TEACHER not in first:
-        first.append(TEACHER)
-    first.sort(key=lambda arm: arm.kind != "teacher")  # the slowest first
-    jobs = []
-    for arm in first + distilled:
+    # The slowest first, and students after their teachers: no process waits for the end of another.
+    # A student that finds no teacher, as among many processes, trains it itself to the same bits.
+    jobs, order = [], {"teacher": 0, "student": 1, "ridge": 2}
+    for arm in sorted(chosen, key=lambda arm: (arm.distilled, order[arm.kind])):
         own_seeds = seeds[:1] if arm.kind == "ridge" else seeds  # a ridge draws nothing
         jobs += [(arm, int(k), seed) for k in sorted(splits["fold"].unique()) for seed in own_seeds]
     found, started = [], time.perf_counter()
-    for wave in (False, True):  # students wait for the teachers of their folds
-        tasks = [joblib.delayed(study.run)(*job) for job in jobs if job[0].distilled == wave]
-        with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-            for predictions in joblib.Parallel(return_as="generator")(tasks):
-                found.append(predictions)
-                if report:
-                    seconds_each = (time.perf_counter() - started) / len(found)
-                    left = time_left(seconds_each * (len(jobs) - len(found)))
-                    job = "{}, fold {}, seed {}".format(*predictions.iloc[0, :3])
-                    line = f"train {len(found)}/{len(jobs)} {job}: done{left}"
-                    report(line, done=len(found), total=len(jobs))
+    for predictions in run_tasks(study.run, jobs, n_jobs, ordered=False):
+        found.append(predictions)
+        if report:
+            left = time_left(started, len(found), len(jobs) - len(found))
+            job = "{}, fold {}, seed {}".format(*predictions.iloc[0, :3])
+            line = f"train {len(found)}/{len(jobs)} {job}: done{left}"
+            report(line, done=len(found), total=len(jobs))
+    found.sort(key=lambda part: part.iloc[0, 1:3].tolist())
     ordered = [part for arm in chosen for part in found if part["arm"].iloc[0] == arm.id]
     return pd.concat(ordered, ignore_index=True)
 
@@ -112,15 +105,13 @@ class _Study:
 
     def run(self, arm: Arm, number: int, seed: int) -> pd.DataFrame:
         """Predictions of one arm for the test rows of one fold."""
-        torch.set_num_threads(1)  # a fold is a process; more threads would change the last bits
         data = self.data
         fold = make_fold(data, self.splits, number, seed, self.settings, arm)
         if arm.kind == "ridge":
             rows = np.concatenate([fold.fit, fold.validation])
             low, high = data.targets[rows].min(axis=0), data.targets[rows].max(axis=0)
-            features = data.ridge_input(arm.input)[fold.test]
             weights = ridge_of(data, rows, arm.input).weights
-            values = apply_ridge(weights, features, low, high)
+            values = apply_ridge(weights, data.ridge_input(arm.input)[fold.test], low, high)
         else:
             network, record = self.network(arm, fold, seed)
             values = predict_rows(network, data, fold.test, record["scale"], self.settings)
@@ -144,7 +135,8 @@ class _Study:
     def _train(self, arm: Arm, fold: Fold, seed: int, stem: Path, key: str) -> None:
         data, settings, cache = self.data, self.settings, None
         if arm.distilled:
-            teacher, record = load_model(self.folder / f"{TEACHER.id}_fold{fold.number}_seed{seed}")
+            own = make_fold(data, self.splits, fold.number, seed, settings, TEACHER)
+            teacher, record = self.network(TEACHER, own, seed)
             teacher.requires_grad_(False)
             data, fold = with_teacher_labels(data, fold, arm, teacher, record["scale"], settings)
             cache = TeacherCache(teacher, data, fold, settings)
@@ -175,7 +167,7 @@ class _Study:
         }
         save_model(stem, trials[best][0], key, record)
         for checkpoint in checkpoints:
-            checkpoint.unlink()
+            checkpoint.unlink(missing_ok=True)
 
 
 def _check(patches: Patches, splits: pd.DataFrame, arms: Sequence[Arm]) -> None:
@@ -222,8 +214,7 @@ def predict_ct_only(
     table = patches.table.assign(**dict.fromkeys(BIOMARKERS, np.nan))
     students = [arm for arm in arms if ARMS[arm].kind == "student"]
     if table.empty or not students:
-        nothing = np.zeros((0, len(BIOMARKERS)))
-        return _prediction_rows(table[:0], "", 0, 0, nothing)
+        return _prediction_rows(table[:0], "", 0, 0, np.zeros((0, len(BIOMARKERS))))
     data, parts = prepare(replace(patches, table=table)), []
     folds = splits.set_index("subject_id")["fold"].loc[table["subject_id"]].to_numpy()
     jobs = [(arm, k, seed) for arm in students for k in np.unique(folds) for seed in seeds]

@@ -135,7 +135,6 @@ def fit_normalisation(data: TrainingData, fit: ndarray, arm: Arm) -> Scale:
     if flat:
         problem = f"has no variance of {', '.join(flat)}"
         raise InputError("training fold", problem, "use more knees or fewer folds")
-    ct, mr = data.ct[fit], data.mr[fit].astype(np.float32)
     ridge, rho = None, np.zeros(len(BIOMARKERS))  # a teacher's errors are small in every knee
     if arm.kind == "student":
         found = ridge_of(data, fit, ARMS[arm.baseline].input if arm.baseline else arm.input)
@@ -145,13 +144,19 @@ def fit_normalisation(data: TrainingData, fit: ndarray, arm: Arm) -> Scale:
         ridge = found.weights.tolist() if arm.baseline else None
     return Scale(
         input=arm.input,
-        ct=[float(ct.mean(dtype=float)), float(ct.std(dtype=float))],
-        mr=[float(mr.mean(dtype=float)), float(mr.std(dtype=float))],
+        ct=_mean_sd(data.ct[fit]),
+        mr=_mean_sd(data.mr[fit].astype(np.float32)),
         low=low.tolist(),
         high=high.tolist(),
         ridge=ridge,
         rho=rho.tolist(),
     )
+
+
+def _mean_sd(images: ndarray) -> list[float]:
+    """Mean and SD of float32 images, summed in double precision."""
+    mean = images.mean(dtype=float)
+    return [float(mean), float(np.sqrt(np.square(images - np.float32(mean)).mean(dtype=float)))]
 
 
 def knee_batches(data: TrainingData, fold: Fold, settings: Settings, rng: Generator) -> list:

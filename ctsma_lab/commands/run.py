@@ -78,12 +78,15 @@ def _identity(parameters: dict) -> dict:
 
 
 def _print_plan(steps: list[dict], profile: str) -> None:
-    about, total = runner.profiles()[profile], 0.0
+    about = runner.profiles()[profile]
+    minutes = {step["stage"]: about["minutes"].get(step["stage"]) for step in steps}
+    waiting = [step["stage"] for step in steps if step["state"] == "run"]
     for step in steps:
-        estimate = ""
-        if step["state"] == "run":
-            minutes = about["minutes"][step["stage"]]
-            estimate = f"about {minutes:g} min"
-            total += minutes
+        measured = step["stage"] in waiting and minutes[step["stage"]] is not None
+        estimate = f"about {round(minutes[step['stage']], 1):g} min" if measured else ""
         print(f"{step['stage']:28}{step['state']:6}{estimate}")
-    print(f"in all about {total:g} minutes on two cores, {about['disk_gb']:g} GB on disk")
+    time = "time not measured"
+    if all(minutes[stage] is not None for stage in waiting):
+        total = sum(minutes[stage] for stage in waiting)
+        time = f"in all about {round(total, 1):g} minutes on two cores"
+    print(f"{time}, {about['disk_gb']:g} GB on disk")
