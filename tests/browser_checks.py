@@ -46,6 +46,10 @@ DEFECTS = """() => {
   return found;
 }"""
 
+# The notebook is in the page, and its kernel waits for work.
+READY = """() => window.jupyterapp?.commands.isEnabled('notebook:run-all-cells') &&
+  document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'"""
+
 
 @pytest.fixture(scope="module")
 def browser():
@@ -177,7 +181,7 @@ def test_a_page_of_the_report_fits_and_its_links_lead_somewhere(
 def test_a_figure_follows_its_slider(browser, lab, screenshots, notebook, label):
     page, _ = opened(browser, f"{lab}lab/tree/notebooks/{notebook}?reset", 1400)
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    page.wait_for_function("() => window.jupyterapp")
+    page.wait_for_function(READY)
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
     boxes = page.locator(".widget-vbox:has(img.widget-image):has(.noUi-handle)")
     box = boxes.filter(has_text=label).first
