@@ -235,7 +235,7 @@ def _explored(run_path: Path) -> str:
         stream, stem = io.BytesIO(), f"figures/explore_{name}"
         figure.savefig(stream, format="png", dpi=DPI)
         plt.close(figure)
-        size = write_figure(stream.getvalue(), report / f"{stem}.png")
+        size = write_figure(stream.getvalue(), report / f"{stem}.png", colours=None)
         table = None
         if len(tables[name]):
             table = f"{stem}.csv"
