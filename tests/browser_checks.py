@@ -39,7 +39,9 @@ DEFECTS = """() => {
     if (box.width && box.right > width + 1 && !scrolls(e)) found.push(`${e.tagName} ${box.right}`);
   }
   for (const e of document.querySelectorAll('tr > :first-child')) {
-    const lines = e.getBoundingClientRect().height / parseFloat(getComputedStyle(e).lineHeight);
+    const text = document.createRange();
+    text.selectNodeContents(e);
+    const lines = text.getBoundingClientRect().height / parseFloat(getComputedStyle(e).lineHeight);
     if (lines > 5 && e.parentElement.children.length > 1)
       found.push(`${lines.toFixed(0)} lines: ${e.textContent.trim().slice(0, 40)}`);
   }
