@@ -15,7 +15,7 @@ export NUMBA_NUM_THREADS := 1
 export ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS := 1
 
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
-.PHONY: study test test-all lab lint clean clean-venv lock
+.PHONY: study test test-all test-browser lab lint clean clean-venv lock
 
 study: $(READY)
 	$(BIN)/ctsma run --profile $(PROFILE)
@@ -26,8 +26,13 @@ test: $(READY)
 test-all: $(READY)
 	$(PYTEST) -m "slow or not slow"
 
+# Pages and notebooks in Chromium, where it is installed; see CONTRIBUTING.md.
+test-browser: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .[browser]
+	$(BIN)/python -m pytest -rs tests/browser_checks.py
+
 lab: $(READY)
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/index.ipynb
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -395,6 +395,30 @@ def static_figures(study: Study, knee_id: str = "", number: int = 1) -> dict[str
     }
 
 
+def static_tables(study: Study, knee_id: str = "", number: int = 1) -> dict[str, pd.DataFrame]:
+    """The numbers behind `static_figures`, under the same keys; knee: mean TRE in mm, if known."""
+    knee_id = knee_id or study.with_images[0]
+    images, arm = study.knee(knee_id), _main_arm(study)
+    errors = []
+    if images.true:
+        by_stage = kneesim.stage_errors_mm(images.stages, images.true, images.targets)
+        for stage, bones in by_stage.items():
+            for bone, values in bones.items():
+                errors.append({"stage": stage, "bone": bone, "mean_tre_mm": values.mean()})
+    patch_id = study.patch_images(knee_id).patch_id
+    patch_id = patch_id[min(number, len(patch_id)) - 1]
+    estimates = {
+        name: interval_rows(study, name, knee_id, patch_id).drop(columns="colour")
+        for name in BIOMARKERS
+    }
+    columns = [*PATCH, "subject_id", "bv_tv_reference", f"bv_tv_{arm}"]
+    return {
+        "knee": pd.DataFrame(errors, columns=["stage", "bone", "mean_tre_mm"]),
+        "patch": pd.concat(estimates, names=["biomarker"]).reset_index("biomarker"),
+        "agreement": study.patches[columns],
+    }
+
+
 def _main_arm(study: Study) -> str:
     return MAIN_ARM if MAIN_ARM in study.arms else study.arms[-1]
 

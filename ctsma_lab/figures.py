@@ -210,7 +210,7 @@ def bland_altman(
     for name, style in (("bias", "-"), ("loa_low", "--"), ("loa_high", "--")):
         ax.axhline(limits[name], color="black", linewidth=0.9, linestyle=style)
         place = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-        ax.text(0.99, limits[name], f"{limits[name]:.3f}", fontsize=7, **place)
+        ax.text(0.99, limits[name], f"{limits[name]:.3f}", fontsize=9, **place)
     ax.set(xlabel="mean of both", ylabel="estimate - reference", title=title)
     return ax
 

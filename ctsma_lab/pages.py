@@ -99,12 +99,18 @@ def _take_caption(cell: NotebookNode) -> str:
     return CAPTION.sub("", caption)
 
 
-def write_figure(png: bytes, file: Path) -> tuple[int, int]:
-    """Write a PNG with a palette, on white; returns (width, height) in pixels."""
+def write_figure(png: bytes, file: Path, colours: int | None = COLOURS) -> tuple[int, int]:
+    """Write a PNG on white, with a palette of `colours`; returns (width, height) in pixels.
+
+    None keeps every colour: a palette is filled by what covers most of the figure, so that thin
+    lines over grey images would lose theirs.
+    """
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if colours is not None:
+        flat = flat.quantize(colours, dither=Image.Dither.NONE)
     with atomic(file) as temporary:
-        flat.quantize(COLOURS, dither=Image.Dither.NONE).save(temporary, optimize=True)
+        flat.save(temporary, optimize=True)
     return image.size
 
 

@@ -1,11 +1,13 @@
 """The report of a run, a site that needs no network, and the generated parts of the README."""
 
+import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
+import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import yaml
@@ -15,10 +17,11 @@ from pygments.formatters import HtmlFormatter
 from ctsma.arms import ARMS
 from ctsma.cache import map_knees
 from ctsma.cohort import read_manifest
-from ctsma.common import InputError
+from ctsma.common import BONES, InputError
 from ctsma.files import atomic, write_text
 from dicom_import.registration_pages import draw_knee, write_pages
 
+from . import explore
 from .methods import write_methods
 from .pages import (
     TEMPLATES,
@@ -41,7 +44,31 @@ from .tables import (
     summary,
 )
 
+EXPLORE = "One knee, one patch, one arm"  # title of the page with the explorer's figures
 KEY_FIGURES = yaml.safe_load(Path(__file__).with_name("key_figures.yaml").read_text("utf-8"))
+DPI = 100  # of the explorer's figures
+EXPLORED = {  # captions of the explorer's figures
+    "knee": (
+        "The worst registered knee. CT, MR by the transform of the tibia after the last stage, "
+        "their blend and checkerboard in one sagittal plane, and the target registration error "
+        "(TRE) by stage where the truth is known. n: 1 knee. Outlines: bone masks of femur and "
+        "tibia. A coloured rim at the tibia would show misalignment. A: anterior, P: posterior, "
+        "S: superior, I: inferior."
+    ),
+    "patch": (
+        "One patch of this knee and its estimates. Above: CT, MR and, where known, the true bone "
+        "in the middle slice; the outline is the region measured. Below: estimates by arm. n: 1 "
+        "patch. Points: estimates. Lines: 90 % conformal intervals. Solid vertical line: MR "
+        "reference. Dotted: ground truth."
+    ),
+    "agreement": (
+        "BV/TV of all patches by the main arm. Left: estimate against reference. Middle: "
+        "Bland-Altman plot. Right: ROC for osteoarthritis (OA) of a logistic regression on the "
+        "four biomarkers, fitted out of fold. n: in the title. Intervals and shade: 95 % "
+        "(bootstrap over subjects; AUC: DeLong). Dashed lines: identity, and 95 % limits of "
+        "agreement around the bias."
+    ),
+}
 BESIDE = {  # pages and files of the site that are no notebook, in the order of its navigation
     "knees/index.html": "Registration, knee by knee",
     "methods.md": "Methods text for a paper",
@@ -69,6 +96,9 @@ def write_report(run_path: str | Path, progress: Callable[..., None] | None = No
     if is_complete(run_path):
         write_methods(run_path)
     overview = _overview(run_path, titles, {n: result_of(one) for n, one in notebooks.items()})
+    if is_complete(run_path) and (run_path / "models" / "predictions.csv").exists():
+        titles["explore"] = EXPLORE
+        _write_page(run_path, titles, "explore", tidy(_explored(run_path), titles))
     for name, notebook in notebooks.items():
         body = notebook_body(name, notebook, run_path, report, titles)
         _write_page(run_path, titles, name, body)
@@ -194,6 +224,40 @@ def _key_figures(run_path: Path) -> list[str]:
         label = f"Figure {len(shown) + 1}."
         shown.append(figure_html(label, f"figures/{name}.png", size, caption, table))
     return shown
+
+
+def _explored(run_path: Path) -> str:
+    """Body of the page with figures of the explorer for the knee with the lowest correlation."""
+    study, report = explore.open_study(run_path), run_path / "report"
+    knee_id = _worst_knee(run_path, study.with_images)
+    tables, shown = explore.static_tables(study, knee_id), []
+    for name, figure in explore.static_figures(study, knee_id).items():
+        stream, stem = io.BytesIO(), f"figures/explore_{name}"
+        figure.savefig(stream, format="png", dpi=DPI)
+        plt.close(figure)
+        size = write_figure(stream.getvalue(), report / f"{stem}.png", colours=None)
+        table = None
+        if len(tables[name]):
+            table = f"{stem}.csv"
+            text = tables[name].to_csv(index=False, float_format="%.5g")
+            write_text(report / table, text)
+        label = f"Figure {len(shown) + 1}."
+        shown.append(figure_html(label, f"{stem}.png", size, EXPLORED[name], table))
+    text = (
+        f"# {EXPLORE}\n\nKnee {knee_id} has the lowest trabecular correlation of all knees with "
+        "estimates. The notebook `notebooks/tutorials/explore.ipynb` shows any other knee, "
+        f"patch and arm: set `run_dir` to the folder of this run, {run_path.name}."
+    )
+    return markdown2html("\n\n".join([text, *shown]))
+
+
+def _worst_knee(run_path: Path, knee_ids: Sequence[str]) -> str:
+    """Of these knees the one whose lower correlation of both bones is lowest."""
+    lowest = {}
+    for knee_id in knee_ids:
+        record = json.loads((run_path / "registration" / f"{knee_id}.json").read_text("utf-8"))
+        lowest[knee_id] = min(record[f"correlation_{bone}"] for bone in BONES)
+    return min(lowest, key=lowest.get)
 
 
 def _write_page(run_path: Path, titles: Mapping[str, str], name: str, body: str) -> Path:

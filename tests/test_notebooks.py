@@ -49,6 +49,11 @@ def test_every_notebook_ran_to_its_end(tiny):
         assert not [output.text for output in outputs if output.get("name") == "stderr"], stage
         assert (tiny / "report" / f"{stage}.html").stat().st_size > 10_000
     assert len(list((tiny / "figures").glob("*.png"))) >= 10
+    drawn, tables = (
+        {f.stem for f in (tiny / "figures").glob(f"*.{end}")} for end in ("png", "csv")
+    )
+    assert drawn == tables
+    assert "<b>Figure 3.</b>" in (tiny / "report" / "explore.html").read_text()
 
 
 def test_results_carry_their_origin(tiny):

@@ -19,6 +19,7 @@ from ctsma.common import InputError
 from ctsma_lab import methods, pages, report, tables
 
 PUBLISHED = Path(__file__).parents[1] / "docs" / "results" / "full"
+MAX_REPORT_BYTES = 5_000_000
 EXAMPLE = Path(__file__).parents[1] / "data_manifest" / "example.csv"
 
 
@@ -201,6 +202,20 @@ def test_an_unfinished_run_has_a_report(run):
     text = report.write_report(run).read_text()
     assert not (run / "report" / "methods.md").exists()
     assert "The result of 01_first" in text and "<table>" not in text
+
+
+def test_the_published_report_is_small_whole_and_shown_in_the_readme():
+    site = PUBLISHED.parents[1] / "report"
+    files = [path for path in site.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= MAX_REPORT_BYTES
+    assert {"index.html", "explore.html", "methods.md"} <= {path.name for path in files}
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        for target in re.findall(r"""(?:src|href)=["']([^"'#]+)""", text):
+            assert target.startswith("https://") or (page.parent / target).is_file(), target
+        assert not re.search(r"(?<![\w/.<])/(?:home|tmp|root|work|Users)/", text), page
+    readme = (site.parents[1] / "README.md").read_text()
+    assert readme.count("](docs/report/figures/") == 3 and "](docs/report/index.html)" in readme
 
 
 def test_a_run_without_notebooks_is_refused(tmp_path):

@@ -14,17 +14,18 @@ import SimpleITK as sitk
 
 import kneesim
 from ctsma.arms import TRAINED
-from ctsma.cohort import read_knee_volume
+from ctsma.cohort import read_knee_volume, splits_path
 from ctsma.common import BIOMARKERS, BONES, COMPARTMENTS, InputError
 from ctsma.files import atomic, write_json, write_text
-from ctsma.patches import load_patches
+from ctsma.patches import TABLE, load_patches, read_table
 from ctsma.registration import apply_rigid, read_stages
 from ctsma.registration.transforms import Rigid
-from ctsma_lab.run import Run
+from ctsma_lab.run import RESULTS, Run
 from kneesim.knees import draw_scan
 
 from .data import DATA, PATCH
 
+COLUMNS = ["knee_id", "subject_id", "patch_id", "compartment", "flag", *BIOMARKERS]  # of patches
 PLACE = ["knee_id", "subject_id", "patch_id", "fold", "compartment", "u", "v", "w", "mean_hu"]
 
 VOXEL_MM = 0.6  # of the knee; its trabeculae still align the bones to 0.02 mm
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     run = Run(given.run)
     knee_id = given.knee or most_flexed(run)
     write_tables(run, given.out)
+    write_run(run, given.out / "run")
     write_patch_images(run, given.out, knee_id)
     write_knee(run, given.out, knee_id)
 
@@ -59,11 +61,33 @@ def write_tables(run: Run, out: Path) -> None:
         lacking = ", ".join(missing) or "the ground truth"
         problem, remedy = f"lacks {lacking}", "give a finished run of simulated knees"
         raise InputError(run.path / "models" / "predictions.csv", problem, remedy)
-    rounding = dict.fromkeys(table.columns, 4) | {"mean_hu": 1, "u": 1, "v": 1, "w": 1}
-    text = table.round(rounding).to_csv(index=False, lineterminator="\n")
-    write_text(out / "patches.csv", text)
+    _write_rounded(table, out / "patches.csv")
     knees = knee_table(run, table["knee_id"])
     write_text(out / "knees.csv", knees.to_csv(index=False, lineterminator="\n"))
+
+
+def write_run(run: Run, out: Path) -> None:
+    """Write what notebooks 04 and 05 read of a run: manifest, folds, tables and results files."""
+    cohort = run.results("cohort")
+    manifest = run.path / cohort["manifest"]
+    for file in (manifest, splits_path(manifest)):
+        write_text(out / "cohort" / file.name, file.read_text(encoding="utf-8"))
+    for name in RESULTS.values():
+        numbers = run.results(name)
+        if name == "cohort":
+            numbers |= {"manifest": f"cohort/{manifest.name}", "root": "cohort"}
+        write_json(out / "results" / f"{name}.json", numbers)
+    for name in ("predictions", "ct_only_predictions"):
+        _write_rounded(run.read_table(f"models/{name}.csv"), out / "models" / f"{name}.csv")
+    patches = read_table(run.path / "patches" / TABLE)
+    kept = [name for name in patches if name in COLUMNS or name.startswith("rescan_")]
+    _write_rounded(patches[kept], out / "patches" / TABLE)
+
+
+def _write_rounded(table: pd.DataFrame, file: Path) -> None:
+    """Write a table with four decimals; places and HU have one."""
+    rounding = dict.fromkeys(table.columns, 4) | {"mean_hu": 1, "u": 1, "v": 1, "w": 1}
+    write_text(file, table.round(rounding).to_csv(index=False, lineterminator="\n"))
 
 
 def patch_table(run: Run) -> tuple[pd.DataFrame, list[str]]:
