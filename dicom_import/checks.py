@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pandas as pd
 import SimpleITK as sitk
@@ -12,6 +11,7 @@ from ctsma.cohort import image_path, read_knee_volume
 from ctsma.cohort.images import format_extent
 from ctsma.common import COMPARTMENTS, IMAGES, InputError
 from ctsma.files import sha256_file
+from ctsma.parallel import run_tasks
 from ctsma.patches import RIM_MM, bearing_surface, patch_centres
 from ctsma.registration import knee_masks, register_knee
 from dicom_import.sides import side_of, split_knees
@@ -56,15 +56,14 @@ def check_knees(
     if manifest.empty:
         raise InputError(manifest.attrs["path"], "lists no knee", "add one row per knee")
     knees, root = manifest.to_dict("records"), manifest.attrs["root"]
-    tasks = (joblib.delayed(_check_knee)(knee, root, deep) for knee in knees)
+    tasks = [(knee, root, deep) for knee in knees]
     tables = []
-    with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-        for table in joblib.Parallel(return_as="generator")(tasks):
-            tables.append(table)
-            if report:
-                n_findings = int((table["level"] != GOOD).sum()) or "no"
-                line = f"check {len(tables)}/{len(knees)} {table['knee_id'].iloc[0]}"
-                report(f"{line}: {n_findings} findings", done=len(tables), total=len(knees))
+    for table in run_tasks(_check_knee, tasks, n_jobs):
+        tables.append(table)
+        if report:
+            n_findings = int((table["level"] != GOOD).sum()) or "no"
+            line = f"check {len(tables)}/{len(knees)} {table['knee_id'].iloc[0]}"
+            report(f"{line}: {n_findings} findings", done=len(tables), total=len(knees))
     return pd.concat(tables, ignore_index=True)
 
 
