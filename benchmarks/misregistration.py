@@ -20,7 +20,6 @@ import zlib
 from itertools import product
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pandas as pd
 import SimpleITK as sitk
@@ -31,6 +30,7 @@ from ctsma.cohort import read_manifest, read_splits, splits_path
 from ctsma.common import BIOMARKERS, BONES
 from ctsma.files import git_commit, write_json
 from ctsma.models import ct_features
+from ctsma.parallel import run_tasks
 from ctsma.registration import isotropic, read_transforms
 from ctsma.registration.trabeculae import highpass, trabecular_correlation
 from ctsma.registration.transforms import apply_rigid, sample_points
@@ -250,9 +250,8 @@ def main() -> None:
     for number, knee in enumerate(usable):
         person = people.loc[knee["knee_id"]].to_dict()
         detailed = number < N_DETAILED
-        tasks.append(joblib.delayed(one_knee)(run, knee, person, detailed, seed))
-    with joblib.parallel_config(backend="loky", n_jobs=given.jobs, inner_max_num_threads=1):
-        parts = joblib.Parallel(verbose=5)(tasks)
+        tasks.append((run, knee, person, detailed, seed))
+    parts = list(run_tasks(one_knee, tasks, given.jobs))
     rows = {}
     for name in ("displaced", "kernels", "refinement"):
         rows[name] = pd.concat([part[name] for part in parts if name in part])

@@ -10,6 +10,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 from ctsma import __version__
 from ctsma.common import BAD_INPUT, FAILED, STOPPED, InputError
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = build_parser(argv).parse_args(argv)
         terminal.check_arguments(arguments)
-        with terminal.Progress() as progress:
+        with terminal.Progress() as progress, _cluster(arguments):
             return arguments.command(arguments, progress)
     except InputError as error:
         print(error, file=sys.stderr)
@@ -51,6 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STOPPED
 
 
+def _cluster(arguments: argparse.Namespace) -> AbstractContextManager:
+    """Where the command's tasks run: on the cluster of --dask, or on this machine."""
+    if not vars(arguments).get("dask"):
+        return nullcontext()
+    return importlib.import_module("ctsma_lab.cluster").on_cluster(arguments.dask, Path())
+
+
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser for a command line; only the module of its command is imported."""
     about = "Trabecular biomarkers from knee CT, learned from MR."
@@ -62,5 +71,8 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         if name in argv[:1]:
             command = importlib.import_module(module)
             command.add_arguments(subparser)
+            if "--jobs" in subparser.format_help():
+                about = "address of a Dask scheduler, in place of --jobs, see docs/cluster.md"
+                subparser.add_argument("--dask", metavar="tcp://HOST:PORT", help=about)
             subparser.set_defaults(command=command.run)
     return parser

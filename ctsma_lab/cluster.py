@@ -1,9 +1,10 @@
 """Work on a Dask cluster in place of the processes of this machine, chosen by its address."""
 
 import importlib.util
+import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import joblib
@@ -22,14 +23,19 @@ START_AGAIN = "start the workers again from the driver's environment, and give t
 def on_cluster(address: str | None, folder: str | Path) -> Iterator[object]:
     """Run joblib's tasks inside the block on the cluster of a scheduler, "tcp://host:port".
 
-    Without an address they stay on this machine. `folder` must be on a file system that driver and
-    workers share. Gives the `distributed.Client`, or None. Raises InputError as `connect`.
+    Without an address they stay on this machine. Notebooks that are started in the block follow it
+    (`Run.open`). `folder` must be on a file system that driver and workers share. Gives the
+    `distributed.Client`, or None. Raises InputError as `connect`.
     """
-    client = connect(address, folder) if address else None
-    with client or nullcontext():
-        where = {"backend": "dask", "client": client} if client else {}
-        with joblib.parallel_config(**where):
+    if not address:
+        yield None
+        return
+    with connect(address, folder) as client, joblib.parallel_config("dask", client=client):
+        os.environ[ADDRESS] = address
+        try:
             yield client
+        finally:
+            del os.environ[ADDRESS]
 
 
 def connect(address: str, folder: str | Path) -> object:

@@ -306,7 +306,7 @@ def update_readme(readme: str | Path, results: str | Path) -> None:
     readme = Path(readme)
     tables = [f"## {title}\n\n{table}\n" for title, table in detailed_tables(results).items()]
     parts = {
-        "summary": summary(results),
+        "summary": summary(results, readme.parent / "docs" / "results"),
         "profiles": profiles_table(),
         "results": f"{results_table(results)}\n\n{origin(results)}",
         "tables": "\n".join([*tables, origin(results)]),

@@ -6,12 +6,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import joblib
 import pandas as pd
 from tqdm.auto import tqdm
 
 from ctsma.cohort import read_manifest, read_splits, splits_path
 from ctsma.common import InputError
 from ctsma.files import git_commit, sha256_file, versions, write_json, write_text
+from ctsma_lab.cluster import ADDRESS, connect
 
 SCHEMA_VERSION = 2
 RESULTS = {  # the notebooks of the main line in their order, and the results file of each
@@ -57,6 +59,8 @@ class Run:
         `overwrite` is false, nothing is written; InputError if it finished with other parameters.
         """
         run = cls(Path(run_dir), profile, seed, parameters)
+        if address := os.environ.get(ADDRESS):
+            joblib.parallel_config(backend="dask", client=connect(address, run.folder(".")))
         stages = list(RESULTS)
         earlier = stages[: stages.index(stage)]
         missing = [name for name in earlier if not run.results_path(RESULTS[name]).exists()]

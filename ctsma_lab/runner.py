@@ -40,7 +40,7 @@ NOT_IN_KEY = ("run_dir", "n_jobs", "overwrite", "profile")  # they change no num
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 ONE_THREAD += ("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS",)
 QUIET = ["--log-level=50"]  # no words on TCP and on the shutdown of the kernel
-DEAD_WORKER = ("TerminatedWorkerError", "BrokenProcessPool")  # joblib: a process is gone
+DEAD_WORKER = ("TerminatedWorkerError", "BrokenProcessPool", "KilledWorker")  # a process is gone
 DIED = "a process was killed or ran out of memory; free memory or give --jobs 1, and run it again"
 
 

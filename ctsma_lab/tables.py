@@ -60,8 +60,12 @@ def origin(results: str | Path) -> str:
     )
 
 
-def summary(results: str | Path) -> str:
-    """The result in three sentences, a Markdown list. A sentence is left out where its arms are."""
+def summary(results: str | Path, evidence: str | Path | None = None) -> str:
+    """The result as a Markdown list. A sentence is left out where its arms or evidence are.
+
+    `evidence` is the folder of the benchmarks' results (default: the one that holds `results`).
+    """
+    evidence = Path(evidence or Path(results).parent)
     agreement, diagnosis = read_results(results, "agreement"), read_results(results, "diagnosis")
     icc, auc, r = agreement["icc"], diagnosis["auc"], agreement["r"]
     kind = "simulated knees" if read_results(results, "cohort")["simulated"] else "knees"
@@ -93,8 +97,9 @@ def summary(results: str | Path) -> str:
         effect = effect_in_words("r of the network that corrects the ridge", distilled)
         sentences.append(
             f"Distillation of class activation maps (CAM) {effect}; its ICC is "
-            f"{interval(icc['ct_sma_plus']['mean'], 'icc')}." + _few_labels(results)
+            f"{interval(icc['ct_sma_plus']['mean'], 'icc')}." + _few_labels(evidence)
         )
+    sentences[1:1] = large_cohort_sentences(read_large_cohort(evidence))
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
@@ -107,10 +112,9 @@ def _differences_in_r(agreement: Mapping) -> dict[str, Mapping]:
     }
 
 
-def _few_labels(results: str | Path) -> str:
+def _few_labels(folder: Path) -> str:
     """What a teacher adds where 20 of 80 pairs have a reference, if that was measured."""
-    file = Path(results).parent / "distillation_evidence.json"
-    evidence = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    evidence = _read_evidence(folder, "distillation_evidence")
     if "few_labels" not in evidence:
         return ""
     rows = evidence["few_labels"]["by_labelled_knees"]["20"]["differences"]
@@ -118,6 +122,52 @@ def _few_labels(results: str | Path) -> str:
     found = {row["statistic"]: row for row in rows if (row["arm"], row["against"]) == pair}
     effect = effect_in_words("the mean ICC", found["icc"])
     return f" Where 20 of 80 pairs have a reference, a teacher trained on other knees {effect}."
+
+
+def _read_evidence(folder: str | Path, name: str) -> dict:
+    file = Path(folder) / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def read_large_cohort(folder: str | Path) -> dict:
+    """Results of `benchmarks/large_cohort.py` in the folder of the benchmarks; {} before it ran."""
+    return _read_evidence(folder, "large_cohort")
+
+
+def large_cohort_sentences(found: Mapping) -> list[str]:
+    """What the study of many knees by CT alone says of the diagnosis; none before it ran."""
+    if not found:
+        return []
+    auc = found["auc"]
+    shown = [name for name in ("ct_only", "ct_sma_plus", "mr_reference") if name in auc]
+    values = [f"{ARMS[name].label} {interval(auc[name], 'auc')}" for name in shown]
+    sentences = [
+        f"On {found['n_knees']} other simulated knees, read by CT alone with the models of "
+        f"{found['n_pairs']} pairs, the AUC for osteoarthritis is: {'; '.join(values)}."
+    ]
+    answers = []
+    for row in found["questions"]:
+        if row["model"] == "Transformer":
+            pair = f"{ARMS[row['a']].label}, compared with {ARMS[row['b']].label},"
+            p = f"Holm p = {row['p_holm']:.2g}"
+            answers.append(f"{pair} {effect_in_words('the AUC', row)}, {p}")
+    return [*sentences, f"There, {'; '.join(answers)}."]
+
+
+def large_cohort_tables(found: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tables for `figures.intervals` from `docs/results/large_cohort.json`: AUC by arm, differences."""
+    rows = []
+    for name, auc in found["auc"].items():
+        if name in ARMS:
+            ends = {"value": auc["auc"], "low": auc["ci_low"], "high": auc["ci_high"]}
+            rows.append({"label": ARMS[name].label, "colour": ARMS[name].colour} | ends)
+    differences = []
+    for row in found["questions"]:
+        ends = {"value": row["difference"], "low": row["ci_low"], "high": row["ci_high"]}
+        label = f"{ARMS[row['a']].label}\n- {ARMS[row['b']].label}"
+        if row["model"] == "Transformer":
+            differences.append({"label": label, "colour": ARMS[row["a"]].colour} | ends)
+    return pd.DataFrame(rows), pd.DataFrame(differences)
 
 
 def effect_in_words(quantity: str, difference: Mapping) -> str:

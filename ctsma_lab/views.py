@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pandas as pd
 import SimpleITK as sitk
@@ -16,6 +15,7 @@ from ctsma.cohort.images import format_extent
 from ctsma.common import BIOMARKERS, IMAGES, InputError
 from ctsma.diagnosis.inputs import knee_table
 from ctsma.diagnosis.statistics import checked_labels
+from ctsma.parallel import run_tasks
 from dicom_import.checks import check_sha256
 
 PATCH = ["knee_id", "patch_id"]  # what names a patch
@@ -79,9 +79,8 @@ def check_images(manifest: pd.DataFrame, n_jobs: int = 1) -> pd.DataFrame:
     images = []
     for knee in manifest.to_dict("records"):
         images += [(knee, column) for column in IMAGES if image_path(knee, column, root)]
-    tasks = (joblib.delayed(_check_image)(knee, column, root) for knee, column in images)
-    with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-        rows = joblib.Parallel()(tasks)
+    tasks = [(knee, column, root) for knee, column in images]
+    rows = run_tasks(_check_image, tasks, n_jobs)
     return pd.DataFrame(rows, columns=["knee_id", "column", "problem", "size", "spacing_mm"])
 
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pandas as pd
 import SimpleITK as sitk
@@ -33,6 +32,7 @@ from ctsma.diagnosis import compartment_means
 from ctsma.distillation import MAIN_ARM, load_model, predict, prepare
 from ctsma.files import sha256_file, write_json, write_text
 from ctsma.models import Network
+from ctsma.parallel import run_tasks
 from ctsma.patches import CT_SHAPE, MR_SHAPE, Patches, load_patches
 
 from . import limits
@@ -166,9 +166,8 @@ def export_model(
     for knee_id, rows in data.table.groupby("knee_id").indices.items():
         knee = manifest[manifest["knee_id"] == knee_id].iloc[0].to_dict()
         patches = data.ct[rows], data.voi[rows]
-        tasks.append(joblib.delayed(_measure_ct)(knee, root, run, *patches, detector))
-    with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-        measures = pd.DataFrame(joblib.Parallel()(tasks))
+        tasks.append((knee, root, run, *patches, detector))
+    measures = pd.DataFrame(run_tasks(_measure_ct, tasks, n_jobs))
     with whole_folder(folder) as partial:
         members, record = _copy_networks(run, partial, arm, seed)
         save_file(vars(detector), partial / DETECTOR)

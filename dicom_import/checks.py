@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pandas as pd
 import SimpleITK as sitk
@@ -12,6 +11,7 @@ from ctsma.cohort import image_path, read_knee_volume
 from ctsma.cohort.images import format_extent
 from ctsma.common import COMPARTMENTS, IMAGES, InputError
 from ctsma.files import sha256_file
+from ctsma.parallel import run_tasks
 from ctsma.patches import RIM_MM, bearing_surface, patch_centres
 from ctsma.registration import knee_masks, register_knee
 from dicom_import.registration_pages import draw_images, metrics_row, write_pages
@@ -59,16 +59,14 @@ def check_knees(
     if manifest.empty:
         raise InputError(manifest.attrs["path"], "lists no knee", "add one row per knee")
     knees, root = manifest.to_dict("records"), manifest.attrs["root"]
-    tasks = (joblib.delayed(_check_knee)(knee, root, deep, pages) for knee in knees)
-    tables, registered = [], []
-    with joblib.parallel_config(backend="loky", n_jobs=n_jobs, inner_max_num_threads=1):
-        for table, metrics in joblib.Parallel(return_as="generator")(tasks):
-            tables.append(table)
-            registered += metrics
-            if report:
-                n_findings = int((table["level"] != GOOD).sum()) or "no"
-                line = f"check {len(tables)}/{len(knees)} {table['knee_id'].iloc[0]}"
-                report(f"{line}: {n_findings} findings", done=len(tables), total=len(knees))
+    tasks, tables, registered = [(knee, root, deep, pages) for knee in knees], [], []
+    for table, metrics in run_tasks(_check_knee, tasks, n_jobs):
+        tables.append(table)
+        registered += metrics
+        if report:
+            n_findings = int((table["level"] != GOOD).sum()) or "no"
+            line = f"check {len(tables)}/{len(knees)} {table['knee_id'].iloc[0]}"
+            report(f"{line}: {n_findings} findings", done=len(tables), total=len(knees))
     if pages is not None:
         write_pages(pages, registered)
     return pd.concat(tables, ignore_index=True)

@@ -17,8 +17,8 @@ from ctsma_lab.runner import STAGES, notebook_parameters, profiles
 
 REPOSITORY = Path(__file__).parents[1]
 # A module of ctsma imports only modules that stand before it.
-ORDER = ["common", "files", "compiled", "cache", "arms", "cohort", "registration", "biomarkers"]
-ORDER += ["patches", "models", "distillation", "agreement", "diagnosis", "cli"]
+ORDER = ["common", "files", "compiled", "parallel", "cache", "arms", "cohort", "registration"]
+ORDER += ["biomarkers", "patches", "models", "distillation", "agreement", "diagnosis", "cli"]
 # Packages that ctsma does not import; each may import those before it.
 BESIDE = ["kneesim", "dicom_import", "ctsma_predict", "ctsma_lab"]
 PACKAGES = ["ctsma", *BESIDE]
