@@ -40,6 +40,7 @@ from .tables import (
     draw_icc,
     origin,
     profiles_table,
+    published_networks,
     read_results,
     results_table,
     summary,
@@ -300,15 +301,18 @@ def update_readme(readme: str | Path, results: str | Path) -> None:
     """Renew what a README, and docs/results.md beside it, take from results files.
 
     A generated part stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; NAME is summary,
-    profiles, results or tables. The figure docs/figures/icc.svg beside the README is drawn again.
+    profiles, results, networks or tables. docs/results beside the README holds the results of the
+    benchmarks. The figure docs/figures/icc.svg beside the README is drawn again.
     Raises InputError where the README has no generated part.
     """
     readme = Path(readme)
+    evidence = readme.parent / "docs" / "results"
     tables = [f"## {title}\n\n{table}\n" for title, table in detailed_tables(results).items()]
     parts = {
-        "summary": summary(results, readme.parent / "docs" / "results"),
+        "summary": summary(results, evidence),
         "profiles": profiles_table(),
         "results": f"{results_table(results)}\n\n{origin(results)}",
+        "networks": published_networks(evidence),
         "tables": "\n".join([*tables, origin(results)]),
     }
     details = readme.parent / "docs" / "results.md"

@@ -15,6 +15,18 @@ from ctsma_lab.runner import profiles
 STAGES = ("cohort", "registration", "distillation", "agreement", "diagnosis")
 LABELS = {"bv_tv": "BV/TV", "tb_th_mm": "Tb.Th", "tb_sp_mm": "Tb.Sp", "tb_n_per_mm": "Tb.N"}
 MEASURES = LABELS | {"mean": "mean"}
+GPU_LABELS = {
+    "teacher": "MR network",
+    "ct_only": "CT network",
+    "l1_0.01": "CT network, L1, weight 0.01",
+    "l1_0.1": "CT network, L1, weight 0.1",
+    "l1_1": "CT network, L1, weight 1",
+    "last_0.1": "CT network, L1 of the last stage, weight 0.1",
+    "ct_only_cortex": "CT network, calibrated HU",
+    "l1_0.1_cortex": "CT network, calibrated HU, L1, weight 0.1",
+    "last_0.1_cortex": "CT network, calibrated HU, L1 of the last stage, weight 0.1",
+    "ridge_cortex": "calibrated HU ridge",
+}
 QUANTITIES = {
     "hu_r2": "R2 of ridge on CT with ground truth",
     "ct_threshold_bv_tv_ratio": "BV/TV above 250 HU over ground truth",
@@ -155,7 +167,7 @@ def large_cohort_sentences(found: Mapping) -> list[str]:
 
 
 def large_cohort_tables(found: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Tables for `figures.intervals` from `docs/results/large_cohort.json`: AUC by arm, differences."""
+    """Tables for `figures.intervals` of the many knees: AUC of the arms, and differences."""
     rows = []
     for name, auc in found["auc"].items():
         if name in ARMS:
@@ -300,6 +312,46 @@ def _difficulty_rows(cohort: Mapping) -> list[dict]:
         }
         rows.append(row)
     return rows
+
+
+def published_networks(evidence: str | Path) -> str:
+    """Networks of the published size, trained on a GPU: one sentence, a Markdown table, its origin.
+
+    `evidence` is the folder of the benchmarks' results; "" before they are measured.
+    """
+    found = _read_evidence(Path(evidence) / "paper", "native")
+    if not found:
+        return ""
+    rows = [
+        {
+            "network": GPU_LABELS[name],
+            "r": _with_ends(values["mean"], found["r_interval"], name, "r"),
+            "relative error": _with_ends(
+                found["relative_error"][name]["mean"],
+                found["relative_error_interval"],
+                name,
+                "relative_error",
+            ),
+            "r within knees": found["within_between"][name]["mean"]["r_within"],
+            "mean ICC": interval(found["icc"][name]["mean"], "icc"),
+        }
+        for name, values in found["r"].items()
+    ]
+    changes = {
+        row["arm"]: row
+        for row in found["differences"]
+        if row["statistic"] == "r" and row["biomarker"] == "mean" and row["against"] == "ct_only"
+    }
+    effect = effect_in_words("r of the published CT network", changes["l1_0.1"])
+    seeds, folds = len(found["seeds"]), len(found["folds"])
+    origin = (
+        f"{found['n_patches']} patches of {found['n_subjects']} simulated knees in {folds} of 5 "
+        f"folds, {seeds} training seed; trained on one {found['device']} in {found['precision']} "
+        f"with patches of the {found['source']['source']} run; {len(found['missing'])} networks "
+        "of the plan are not trained (docs/results/paper/native.json)."
+    )
+    sentence = f"The published loss with weight 0.1 {effect}."
+    return f"{sentence}\n\n{markdown_table(rows)}\n\n{origin}"
 
 
 def profiles_table() -> str:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ctsma.arms import ARMS, COMPARISONS
 from ctsma.common import InputError
+from ctsma.files import ROOT
 from ctsma_lab import methods, pages, report, tables
 
 PUBLISHED = Path(__file__).parents[1] / "docs" / "results" / "full"
@@ -291,6 +292,17 @@ def test_results_without_ground_truth_have_fewer_tables(results):
     change(results / "cohort.json", calibration={})
     titles = tables.detailed_tables(results)
     assert not [title for title in titles if "Registration" in title or "Difficulty" in title]
+
+
+def test_published_networks_are_shown_with_what_is_missing(tmp_path):
+    assert tables.published_networks(tmp_path) == ""
+    measured = ROOT / "docs" / "results"
+    found = json.loads((measured / "paper" / "native.json").read_text())
+    text = tables.published_networks(measured)
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line[:2] == "| "}
+    assert set(lines) == {"network", *(tables.GPU_LABELS[name] for name in found["r"])}
+    assert f"{found['r']['ct_only']['mean']:.3f} (" in lines["CT network"]
+    assert f"{len(found['missing'])} networks of the plan are not trained" in text
 
 
 def test_the_figure_of_equal_results_has_equal_bytes(results, tmp_path):
