@@ -317,8 +317,11 @@ def _relative_error(moments: tuple) -> ndarray:
 
 
 def _interval(draws: ndarray, prefix: str = "") -> dict[str, float]:
-    """95 % percentile interval of the resamples, all but the first (Efron & Tibshirani 1993)."""
-    low, high = pd.Series(draws[1:]).quantile([0.025, 0.975])  # NaN is left out
+    """95 % percentile interval of the resamples, all but the first (Efron & Tibshirani 1993).
+
+    A resample without variance, whose correlation is not finite, is left out.
+    """
+    low, high = pd.Series(draws[1:]).replace([np.inf, -np.inf], np.nan).quantile([0.025, 0.975])
     return {f"{prefix}ci_low": float(low), f"{prefix}ci_high": float(high)}
 
 

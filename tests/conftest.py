@@ -44,6 +44,8 @@ def run_notebook():
 
     def run(path, **parameters):
         notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            cell.metadata.setdefault("tags", [])  # which papermill expects
         if parameters:
             notebook = parameterize_notebook(notebook, parameters)
         source = f"%reset -f\nimport os\nos.chdir({str(path.parent)!r})"
