@@ -171,8 +171,7 @@ class Scorer:
             write_record(record, key, {}, [table.name])
             self.fitted += 1
         self.done += 1
-        each = (time.perf_counter() - self.started) / max(self.fitted, 1)
-        left = time_left(each * (self.total - self.done))
+        left = time_left(self.started, max(self.fitted, 1), self.total - self.done)
         print(f"Transformer {self.done}/{self.total} {name}: done{left}", flush=True)
         return pd.read_csv(table, dtype={"knee_id": "str", "subject_id": "str"})
 
