@@ -130,10 +130,13 @@ def _few_labels(folder: Path) -> str:
     if "few_labels" not in evidence:
         return ""
     rows = evidence["few_labels"]["by_labelled_knees"]["20"]["differences"]
-    pair = ("student, teacher's estimates, CAM", "student")
+    pair = ("student, teacher's estimates", "student")
     found = {row["statistic"]: row for row in rows if (row["arm"], row["against"]) == pair}
     effect = effect_in_words("the mean ICC", found["icc"])
-    return f" Where 20 of 80 pairs have a reference, a teacher trained on other knees {effect}."
+    return (
+        " Where 20 of 80 pairs have a reference, training on a teacher's estimates for the others "
+        f"{effect}; that teacher learned from other knees."
+    )
 
 
 def _read_evidence(folder: str | Path, name: str) -> dict:

@@ -262,7 +262,7 @@ def test_the_summary_has_three_sentences_with_the_numbers_of_the_files(results):
     assert len(lines) == 3
     assert f"{found['icc']['ct_residual']['mean']['icc']:.3f}" in lines[0]
     assert "0.778 and 0.883" in lines[1] and "class activation maps" in lines[2]
-    pair = {"arm": "student, teacher's estimates, CAM", "against": "student", "statistic": "icc"}
+    pair = {"arm": "student, teacher's estimates", "against": "student", "statistic": "icc"}
     row = pair | {"difference": 0.1, "ci_low": 0.05, "ci_high": 0.15}
     few = {"by_labelled_knees": {"20": {"differences": [row]}}}
     (results.parent / "distillation_evidence.json").write_text(json.dumps({"few_labels": few}))
