@@ -305,9 +305,10 @@ def _icc(moments: tuple) -> ndarray:
 
 
 def _correlation(moments: tuple) -> ndarray:
+    """NaN for a resample without variance."""
     _, _, _, var_x, var_y, cov = moments
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return cov / np.sqrt(var_x * var_y)
+    spread = np.sqrt(np.maximum(var_x * var_y, 0))
+    return cov / np.where(spread > 0, spread, np.nan)
 
 
 def _relative_error(moments: tuple) -> ndarray:
@@ -317,11 +318,8 @@ def _relative_error(moments: tuple) -> ndarray:
 
 
 def _interval(draws: ndarray, prefix: str = "") -> dict[str, float]:
-    """95 % percentile interval of the resamples, all but the first (Efron & Tibshirani 1993).
-
-    A resample without variance, whose correlation is not finite, is left out.
-    """
-    low, high = pd.Series(draws[1:]).replace([np.inf, -np.inf], np.nan).quantile([0.025, 0.975])
+    """95 % percentile interval of the resamples, all but the first (Efron & Tibshirani 1993)."""
+    low, high = pd.Series(draws[1:]).quantile([0.025, 0.975])  # NaN is left out
     return {f"{prefix}ci_low": float(low), f"{prefix}ci_high": float(high)}
 
 

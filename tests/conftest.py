@@ -15,6 +15,7 @@ import pytest
 import torch
 from nbclient import NotebookClient
 from papermill.engines import Engine, NBClientEngine, papermill_engines
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 matplotlib.use("Agg")
@@ -43,9 +44,7 @@ def run_notebook():
     client = NotebookClient(nbformat.v4.new_notebook(), kernel_name="python3", **patience)
 
     def run(path, **parameters):
-        notebook = nbformat.read(path, as_version=4)
-        for cell in notebook.cells:
-            cell.metadata.setdefault("tags", [])  # which papermill expects
+        notebook = load_notebook_node(str(path))
         if parameters:
             notebook = parameterize_notebook(notebook, parameters)
         source = f"%reset -f\nimport os\nos.chdir({str(path.parent)!r})"
