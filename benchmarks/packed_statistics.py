@@ -31,8 +31,7 @@ def differences(reference, one, other, subjects, knees, rng, n_resamples=2000) -
         own = np.random.default_rng(seed)
         both.append(statistics(reference, estimate, subjects, knees, own, n_resamples))
     first, second = both
-    with np.errstate(invalid="ignore"):  # of a correlation that is infinite
-        draws = {name: first[name] - second[name] for name in STATISTICS}
+    draws = {name: first[name] - second[name] for name in STATISTICS}
     return {name: _by_measure(values, "difference") for name, values in draws.items()}
 
 
@@ -58,9 +57,7 @@ def statistics(x, y, subjects, knees, rng, n_resamples) -> dict[str, ndarray]:
 
 
 def _by_measure(draws: ndarray, name: str) -> dict[str, dict[str, float]]:
-    found = {}
-    with np.errstate(invalid="ignore"):
-        every = [*draws, draws.mean(axis=0)]
+    found, every = {}, [*draws, draws.mean(axis=0)]
     for measure, values in zip(MEASURES, every, strict=True):
         low, high = np.nanquantile(values[1:], [0.025, 0.975])
         found[measure] = {name: float(values[0]), "ci_low": float(low), "ci_high": float(high)}
@@ -84,6 +81,7 @@ def _moments(x: ndarray, y: ndarray, subjects, rng, n_resamples) -> tuple:
 
 
 def _correlation(moments: tuple) -> ndarray:
+    """NaN for a resample without variance."""
     _, _, _, var_x, var_y, cov = moments
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return cov / np.sqrt(var_x * var_y)
+    spread = np.sqrt(np.maximum(var_x * var_y, 0))
+    return cov / np.where(spread > 0, spread, np.nan)

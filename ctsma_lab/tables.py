@@ -252,13 +252,7 @@ def _measure_rows(agreement: Mapping) -> list[dict]:
         icc = agreement["icc"][name]["mean"]
         row = {
             "arm": arm.label,
-            "r": _with_ends(agreement["r"][name]["mean"], agreement["r_interval"], name, "r"),
-            "relative error": _with_ends(
-                agreement["relative_error"][name]["mean"],
-                agreement["relative_error_interval"],
-                name,
-                "relative_error",
-            ),
+            **_r_and_error(agreement, name),
             "r within knees": parts["r_within"],
             "r between knees": parts["r_between"],
             "ICC": interval(icc, "icc"),
@@ -269,10 +263,15 @@ def _measure_rows(agreement: Mapping) -> list[dict]:
     return rows
 
 
-def _with_ends(value: float, intervals: Mapping, arm: str, statistic: str) -> str:
-    ends = intervals[arm]["mean"]
-    low, high = ends[f"{statistic}_ci_low"], ends[f"{statistic}_ci_high"]
-    return interval({statistic: value, "ci_low": low, "ci_high": high}, statistic)
+def _r_and_error(found: Mapping, arm: str) -> dict[str, str]:
+    """Columns r and relative error of an arm, means of the biomarkers with 95 % intervals."""
+    columns = {}
+    for statistic, title in (("r", "r"), ("relative_error", "relative error")):
+        ends = found[f"{statistic}_interval"][arm]["mean"]
+        low, high = ends[f"{statistic}_ci_low"], ends[f"{statistic}_ci_high"]
+        values = {"value": found[statistic][arm]["mean"], "ci_low": low, "ci_high": high}
+        columns[title] = interval(values, "value")
+    return columns
 
 
 def _icc_rows(icc: Mapping) -> list[dict]:
@@ -328,17 +327,11 @@ def published_networks(evidence: str | Path) -> str:
     rows = [
         {
             "network": GPU_LABELS[name],
-            "r": _with_ends(values["mean"], found["r_interval"], name, "r"),
-            "relative error": _with_ends(
-                found["relative_error"][name]["mean"],
-                found["relative_error_interval"],
-                name,
-                "relative_error",
-            ),
+            **_r_and_error(found, name),
             "r within knees": found["within_between"][name]["mean"]["r_within"],
             "mean ICC": interval(found["icc"][name]["mean"], "icc"),
         }
-        for name, values in found["r"].items()
+        for name in found["r"]
     ]
     changes = {
         row["arm"]: row
