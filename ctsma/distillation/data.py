@@ -120,9 +120,8 @@ def prepare_in_files(patches: Patches, folder: str | Path) -> TrainingData:
                 stream.write(np.ascontiguousarray(values))
             images[name] = MappedImages(file, values.dtype, (n, *values.shape[1:]))
         parts.append(part)
-    arrays = {
-        name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "table"
-    }
+    names = [name for name in parts[0] if name != "table"]
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in names}
     return TrainingData(table=patches.table, **images, **arrays)
 
 
