@@ -153,20 +153,18 @@ def large_cohort_sentences(found: Mapping) -> list[str]:
     """What the study of many knees by CT alone says of the diagnosis; none before it ran."""
     if not found:
         return []
-    auc = found["auc"]
-    shown = [name for name in ("ct_only", "ct_sma_plus", "mr_reference") if name in auc]
-    values = [f"{ARMS[name].label} {interval(auc[name], 'auc')}" for name in shown]
-    sentences = [
-        f"On {found['n_knees']} other simulated knees, read by CT alone with the models of "
-        f"{found['n_pairs']} pairs, the AUC for osteoarthritis is: {'; '.join(values)}."
-    ]
-    answers = []
+    auc = [f"Models of {found['n_pairs']} pairs read {found['n_knees']} other simulated knees."]
+    for name in ("ct_only", "ct_sma_plus", "mr_reference"):
+        if name in found["auc"]:
+            value = interval(found["auc"][name], "auc")
+            auc.append(f"AUC for osteoarthritis, {ARMS[name].label}: {value}.")
+    differences = []
     for row in found["questions"]:
         if row["model"] == "Transformer":
-            pair = f"{ARMS[row['a']].label}, compared with {ARMS[row['b']].label},"
-            p = f"Holm p = {row['p_holm']:.2g}"
-            answers.append(f"{pair} {effect_in_words('the AUC', row)}, {p}")
-    return [*sentences, f"There, {'; '.join(answers)}."]
+            value, p = interval(row, "difference"), f"Holm p = {row['p_holm']:.2g}"
+            pair = f"{ARMS[row['a']].label} minus {ARMS[row['b']].label}"
+            differences.append(f"Difference in AUC there, {pair}: {value}, {p}.")
+    return [" ".join(auc), *differences]
 
 
 def large_cohort_tables(found: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
