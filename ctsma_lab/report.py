@@ -302,8 +302,8 @@ def update_readme(readme: str | Path, results: str | Path) -> None:
     """Renew what a README, docs/results.md and docs/cluster.md take from results files.
 
     A generated part stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; NAME is summary,
-    profiles, results, networks, cost or tables. docs/results beside the README holds the results of the
-    benchmarks. The figure docs/figures/icc.svg beside the README is drawn again.
+    profiles, results, networks, cost or tables. docs/results beside the README holds the results of
+    the benchmarks. The figure docs/figures/icc.svg beside the README is drawn again.
     Raises InputError where the README has no generated part.
     """
     readme = Path(readme)
