@@ -198,8 +198,8 @@ def cost_table(evidence: str | Path) -> str:
     disk = found["by_size"][sizes[-1]]["training_set_gb"] / int(sizes[-1]) * 1000
     about = (
         f"Simulated load. Memory and time per knee are those of {int(sizes[-1]):,} knees. CPU time "
-        "grows with the number of knees to the power of the growth exponent: 1 is linear. A knee has "
-        f"{found['patches_per_knee_prepared']} patches, in the training process "
+        "grows with the number of knees to the power of the growth exponent; 1 is linear. A knee "
+        f"has {found['patches_per_knee_prepared']} patches, in the training process "
         f"{found['patches_per_knee']}, whose mapped files take {disk:.1f} MB a knee "
         "(docs/results/cost_by_size.json)."
     )
