@@ -206,6 +206,45 @@ def large_cohort_sentences(found: Mapping) -> list[str]:
     return sentences
 
 
+STEPS_OF_COST = {  # of benchmarks/cost_by_size.py
+    "manifest": "write and read the manifest, deal folds",
+    "check_data": "`check-data` of a manifest whose images are absent",
+    "patch_tables": "records and tables of patches",
+    "training_set": "training set",
+    "training": "a training process",
+    "diagnosis": "agreement and diagnosis of two arms",
+}
+
+
+def cost_table(evidence: str | Path) -> str:
+    """Markdown table of `benchmarks/cost_by_size.py`: time, memory and growth of each step.
+
+    `evidence` is the folder of the benchmarks' results; "" before it ran.
+    """
+    found = _read_evidence(evidence, "cost_by_size")
+    if not found:
+        return ""
+    rows, sizes = [], list(found["by_size"])
+    for step, label in STEPS_OF_COST.items():
+        row = {"step": label}
+        for n in sizes:
+            row[f"{int(n):,} knees: CPU s"] = f"{found['by_size'][n][step]['cpu_s']:.1f}"
+        largest = found["by_size"][sizes[-1]][step]
+        row["CPU ms per knee"] = f"{largest['cpu_s'] / int(sizes[-1]) * 1000:.1f}"
+        row["memory, GB"] = f"{largest['largest_memory_gb']:.1f}"
+        row["growth exponent"] = f"{found['growth_exponent'][step]:.2f}"
+        rows.append(row)
+    disk = found["by_size"][sizes[-1]]["training_set_gb"] / int(sizes[-1]) * 1000
+    about = (
+        f"Simulated load. Memory and time per knee are those of {int(sizes[-1]):,} knees. CPU time "
+        "grows with the number of knees to the power of the growth exponent; 1 is linear. A knee "
+        f"has {found['patches_per_knee_prepared']} patches, in the training process "
+        f"{found['patches_per_knee']}, whose mapped files take {disk:.1f} MB a knee "
+        "(docs/results/cost_by_size.json)."
+    )
+    return f"{pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)}\n\n{about}"
+
+
 def large_cohort_tables(found: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Tables for `figures.intervals` of the many knees: AUC of the arms, and differences."""
     rows = []
