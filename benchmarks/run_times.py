@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ctsma.common import InputError
 from ctsma.files import write_json
-from ctsma_lab.runner import RUN_TIMES, STAGES, status
+from ctsma_lab.profiles import RUN_TIMES
+from ctsma_lab.runner import STAGES, status
 
 
 def measured(run: Path) -> tuple[str, dict]:

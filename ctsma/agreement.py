@@ -187,7 +187,7 @@ def bland_altman(
     as independent, and bias and limits get Student's t with SE(limit)^2 = SD^2 (1/n + 1.96^2 /
     (2 (n - 1))) (Bland & Altman 1999). Errors as `icc`, but constant values are allowed.
     """
-    x, y = _pairs(reference, estimate)
+    x, y = checked_pairs(reference, estimate)
     _, mean_x, mean_y, var_x, var_y, cov = _resampled_moments(x, y, subjects, rng, n_resamples)
     bias, sd = (mean_y - mean_x)[0], np.sqrt(np.maximum(var_x + var_y - 2 * cov, 0))[0]
     with np.errstate(invalid="ignore"):
@@ -207,41 +207,13 @@ def bland_altman(
     return result
 
 
-def conformal_radius(scores: ndarray, level: float = 0.90) -> float:
-    """Split-conformal radius: the ceil((n + 1) level)-th smallest score; infinite beyond the n-th.
-
-    Scores |reference - estimate| (n,) of calibration targets. The radius covers a new, exchangeable
-    target with probability >= level (Vovk 2005; Lei 2018).
-    """
-    scores = np.sort(np.asarray(scores, dtype=float))
-    if np.isnan(scores).any() or not 0 < level < 1:
-        problem = f"hold NaN or the level is {level}"
-        raise InputError("conformal scores", problem, "give numbers and a level between 0 and 1")
-    rank = int(np.ceil(round((len(scores) + 1) * level, 9)))  # 10 * 0.9 must not become rank 10
-    return float(scores[rank - 1]) if rank <= len(scores) else np.inf
-
-
-def cross_conformal(reference, estimate, folds, level=0.90) -> pd.DataFrame:
-    """Interval of each out-of-fold estimate, calibrated on the residuals of the other folds.
-
-    folds (n,): subject-wise folds. Returns DataFrame(low, high, covered).
-    """
-    x, y = _pairs(reference, estimate)
-    folds = np.asarray(folds)
-    if folds.shape != x.shape or pd.isna(folds).any():
-        raise InputError("folds", "hold NaN or another number of values", "give one per estimate")
-    scores, half = np.abs(x - y), np.empty_like(x)
-    for fold in np.unique(folds):
-        half[folds == fold] = conformal_radius(scores[folds != fold], level)
-    return pd.DataFrame({"low": y - half, "high": y + half, "covered": scores <= half})
-
-
 def _reference_and_estimate(frame: pd.DataFrame, against: str) -> tuple[ndarray, ndarray]:
     names = list(BIOMARKERS)
     return frame[[f"{name}_{against}" for name in names]].to_numpy(), frame[names].to_numpy()
 
 
-def _pairs(reference: ndarray, estimate: ndarray) -> tuple[ndarray, ndarray]:
+def checked_pairs(reference: ndarray, estimate: ndarray) -> tuple[ndarray, ndarray]:
+    """Both as floats. Raises InputError for shapes that differ, fewer than 3 values, or NaN."""
     x, y = np.asarray(reference, dtype=float), np.asarray(estimate, dtype=float)
     source = "reference, estimate"
     if x.shape != y.shape:
@@ -254,7 +226,7 @@ def _pairs(reference: ndarray, estimate: ndarray) -> tuple[ndarray, ndarray]:
 
 
 def _varying_pairs(reference: ndarray, estimate: ndarray) -> tuple[ndarray, ndarray]:
-    x, y = _pairs(reference, estimate)
+    x, y = checked_pairs(reference, estimate)
     for name, values in (("reference", x), ("estimate", y)):
         if (np.ptp(values, axis=0) == 0).any():
             raise InputError(name, "is constant", "give values that differ between targets")

@@ -141,7 +141,8 @@ def map_knees(
         `<knee_id>.*` into `folder`, or name others (relative to `folder`) in the list `files`.
     knees : manifest rows with `knee_id`.
     folder : where `<knee_id>.json`, the record of a finished knee, is kept.
-    parameters : keyword arguments, JSON-able.
+    parameters : keyword arguments, JSON-able. Of `root` and those whose names end in `_folder` the
+        text does not count, so that a folder that was moved is not computed again.
     after : folders of earlier `map_knees` whose record of the same knee is an input of this one.
     n_jobs : processes on this machine, as of `ctsma.parallel.run_tasks`.
     report : called as `report(line, done=..., total=...)` after each knee.
@@ -198,7 +199,8 @@ def _knee_key(function: Callable, row: dict, parameters: dict, after: Iterable) 
     # A checksum in the manifest, which is part of the row, stands for the content of its image.
     unchecked = [column for column in VOLUMES if not row.get(f"{column}_sha256")]
     images = image_fingerprints(row, parameters.get("root", "."), unchecked)
-    return content_hash(code, function.__qualname__, row, parameters, inputs, images)
+    chosen = {k: v for k, v in parameters.items() if k != "root" and not k.endswith("_folder")}
+    return content_hash(code, function.__qualname__, row, chosen, inputs, images)
 
 
 def image_fingerprints(knee: dict, root: str | Path, columns: Iterable[str] = VOLUMES) -> list:

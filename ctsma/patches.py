@@ -6,7 +6,7 @@ patches cover the same 9 x 10.5 x 10.5 mm, the MR on its own voxel (0.75 x 0.218
 BFFE of the published code), the CT twice as coarse in plane. Points are (x, y, z) in LPS mm.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,13 @@ PLATEAU_MM = 60.0  # least width of a complete tibia; design choice
 # Subchondral plate: 0.58 to 0.72 mm thick in OA (Rapagna 2021), plus the blur of the images
 PLATE_MM = 1.5
 
+IMAGES = {  # of a patch, as stored
+    "mr": (MR_SHAPE, np.float16),
+    "ct": (CT_SHAPE, np.float16),
+    "voi": (MR_SHAPE, np.bool_),
+}
+PORTION = 1024  # patches whose images are in memory at once, about 0.2 GB; design choice
+
 MIN_VOI = 0.25  # share of a patch that must be trabecular bone; design choice
 MARROW_SHARE = 0.4  # of the knee's median patch; coil sensitivity varies by a fifth; design choice
 SHAFT_MM = 10.0  # length of cortex, at the end of a bone far from the joint; design choice
@@ -53,13 +60,44 @@ COLUMNS = ["knee_id", "subject_id", "patch_id", "compartment", "u", "v", "w", "m
 
 
 @dataclass(frozen=True)
+class StoredImages:
+    """Images (n, slices, rows, columns) in the files of their knees, read where they are indexed.
+
+    name : of `IMAGES`. table : knee_id and patch_id of each row.
+    """
+
+    folder: Path
+    name: str
+    table: pd.DataFrame
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, rows: int | slice | ndarray) -> ndarray:
+        at, (shape, dtype) = np.arange(len(self))[rows], IMAGES[self.name]
+        images = np.empty((at.size, *shape), dtype)
+        wanted = self.table.iloc[at.ravel()].reset_index(drop=True)
+        for knee_id, own in wanted.groupby("knee_id"):
+            with np.load(self.folder / f"{knee_id}.npz") as stored:
+                images[own.index] = stored[self.name][own["patch_id"]]
+        return images.reshape(at.shape + shape)
+
+
+@dataclass(frozen=True)
 class Patches:
-    """Patches row by row: table, mr and voi (n, 12, 48, 48), ct (n, 12, 24, 24) HU."""
+    """Patches row by row: table, mr and voi (n, 12, 48, 48), ct (n, 12, 24, 24) HU.
+
+    Images are arrays, or `StoredImages` of many knees; `[:]` makes an array of either.
+    """
 
     table: pd.DataFrame
-    mr: ndarray
-    ct: ndarray
-    voi: ndarray
+    mr: ndarray | StoredImages
+    ct: ndarray | StoredImages
+    voi: ndarray | StoredImages
+
+    def take(self, rows: ndarray) -> "Patches":
+        """Some rows, with their images in memory."""
+        return Patches(self.table.iloc[rows], self.mr[rows], self.ct[rows], self.voi[rows])
 
 
 def extract_patches(
@@ -432,8 +470,7 @@ def load_table(folder: str | Path, usable: bool = True) -> pd.DataFrame:
 def load_patches(folder: str | Path) -> Patches:
     """The usable patches of a folder with their images, in the order of `load_table`."""
     table = load_table(folder)
-    mr, ct, voi = _load_arrays(folder, table, ["mr", "ct", "voi"])
-    return Patches(table, mr=mr, ct=ct, voi=voi)
+    return Patches(table, *(StoredImages(Path(folder), name, table) for name in IMAGES))
 
 
 def load_ct_only_patches(folder: str | Path) -> Patches:
@@ -443,15 +480,11 @@ def load_ct_only_patches(folder: str | Path) -> Patches:
     """
     table = read_table(Path(folder) / CT_ONLY_TABLE)
     table = table[table["flag"] == ""].reset_index(drop=True)
-    ct, voi = np.zeros((0, *CT_SHAPE), np.float16), np.zeros((0, *MR_SHAPE), bool)
-    if len(table):
-        ct, voi = _load_arrays(Path(folder) / "ct_only", table, ["ct", "voi"])
-    return Patches(table, mr=np.zeros(voi.shape, np.float16), ct=ct, voi=voi)
+    ct, voi = (StoredImages(Path(folder) / "ct_only", name, table) for name in ("ct", "voi"))
+    return Patches(table, mr=np.zeros((len(table), *MR_SHAPE), np.float16), ct=ct, voi=voi)
 
 
-def _load_arrays(folder: str | Path, table: pd.DataFrame, names: list[str]) -> list[ndarray]:
-    parts = []
-    for knee_id, rows in table.groupby("knee_id", sort=False):
-        with np.load(Path(folder) / f"{knee_id}.npz") as stored:
-            parts.append([stored[name][rows["patch_id"].to_numpy()] for name in names])
-    return [np.concatenate(stack) for stack in zip(*parts, strict=True)]
+def portions(rows: ndarray, size: int = PORTION) -> Iterator[ndarray]:
+    """Rows in their order, `size` at a time."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

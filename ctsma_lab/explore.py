@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from numpy import ndarray
 
 import kneesim
-from ctsma.agreement import bland_altman, bootstrap_icc, cross_conformal
+from ctsma.agreement import bland_altman, bootstrap_icc
 from ctsma.arms import ARMS, MAIN_ARM
 from ctsma.cohort import read_knee_volume
 from ctsma.common import BIOMARKERS, BONES, LABELS
@@ -28,6 +28,7 @@ from ctsma.diagnosis.statistics import roc_band
 from ctsma.patches import CT_SPACING_MM, MR_SPACING_MM, load_table
 from ctsma.registration import apply_rigid, read_stages, rigid_transform
 from ctsma.registration.transforms import sample_points
+from ctsma_predict.conformal import cross_conformal
 from kneesim.patch_truth import ground_truth_slice
 
 from . import figures

@@ -131,9 +131,9 @@ def write_knees(run_path: Path, progress: Callable[..., None] | None = None) -> 
     registered = knees[[not records[knee_id]["error"] for knee_id in knees["knee_id"]]]
     parameters = {
         "root": str(manifest.attrs["root"]),
-        "registration": str(registration.resolve()),
-        "patches": str((run_path / "patches").resolve()),
-        "images": str((folder / "images").resolve()),
+        "registration_folder": str(registration.resolve()),
+        "patches_folder": str((run_path / "patches").resolve()),
+        "image_folder": str((folder / "images").resolve()),
     }
     earlier = [registration, run_path / "patches"]
     map_knees(draw_knee, registered, run_path / "knees", parameters, after=earlier, report=progress)

@@ -20,10 +20,10 @@ from ctsma import cache
 from ctsma.cohort import read_manifest
 from ctsma.common import InputError
 from ctsma.files import SHARE, sha256_file, write_json
+from ctsma_lab.profiles import profiles
 from ctsma_lab.run import RESULTS, UNDER_RUNNER
 
 NOTEBOOKS = SHARE / "notebooks"
-RUN_TIMES = SHARE / "docs" / "results" / "run_times.json"  # of benchmarks/run_times.py
 STAGES = tuple(RESULTS)
 FOLDERS = {  # what a stage writes below the run's folder beside its results file and notebook
     "01_cohort": ("cohort", "calibration"),
@@ -46,18 +46,6 @@ DIED = "a process was killed or ran out of memory; free memory or give --jobs 1,
 
 class StageFailed(RuntimeError):
     """A notebook stopped; the text names stage, cell, error and the partial notebook."""
-
-
-def profiles() -> dict[str, dict]:
-    """The profiles of profiles.yaml by name: about, minutes, disk_gb, parameters.
-
-    `minutes` by stage are those of a finished run on two cores; empty where none was measured.
-    """
-    found = yaml.safe_load(Path(__file__).with_name("profiles.yaml").read_text(encoding="utf-8"))
-    times = json.loads(RUN_TIMES.read_text(encoding="utf-8")) if RUN_TIMES.exists() else {}
-    for name, profile in found.items():
-        profile["minutes"] = times.get(name, {}).get("minutes", {})
-    return found
 
 
 def plan(

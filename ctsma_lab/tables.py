@@ -10,7 +10,7 @@ import pandas as pd
 
 from ctsma.arms import ARMS, COMPARISONS
 from ctsma.common import InputError
-from ctsma_lab.runner import profiles
+from ctsma_lab.profiles import profiles
 
 STAGES = ("cohort", "registration", "distillation", "agreement", "diagnosis")
 LABELS = {"bv_tv": "BV/TV", "tb_th_mm": "Tb.Th", "tb_sp_mm": "Tb.Sp", "tb_n_per_mm": "Tb.N"}

@@ -13,7 +13,7 @@ from scipy import ndimage, signal
 from ctsma.distillation import load_model, prepare
 from ctsma.distillation.data import make_input
 from ctsma.models import to_ct_grid
-from ctsma.patches import CT_SPACING_MM, Patches
+from ctsma.patches import CT_SPACING_MM, Patches, portions
 from ctsma.registration.trabeculae import HIGHPASS_SD_MM
 
 # CT voxels, about 2 mm each way, in which a better match is searched; design choice
@@ -28,15 +28,19 @@ def patch_correlation(ct: ndarray, mr: ndarray, voi: ndarray) -> ndarray:
     which a soft kernel or noise lowers alike.
     """
     found = np.zeros(len(ct))
-    pairs = zip(ct, to_ct_grid(mr), to_ct_grid(voi) >= 0.5, strict=True)
-    for row, (hu, grey, inside) in enumerate(pairs):
-        match = -signal.correlate(_detail(grey) * inside, _detail(hu) * inside, "same", "fft")
-        centre = tuple(n // 2 for n in match.shape)
-        near = tuple(slice(c - r, c + r + 1) for c, r in zip(centre, REACH_VOXELS, strict=True))
-        best = match[near].max()
-        if best > 0:
-            found[row] = np.clip(match[centre] / best, 0, 1)
+    for rows in portions(np.arange(len(ct))):
+        images = ct[rows], to_ct_grid(mr[rows]), to_ct_grid(voi[rows]) >= 0.5
+        found[rows] = [_match_in_place(*patch) for patch in zip(*images, strict=True)]
     return found
+
+
+def _match_in_place(hu: ndarray, grey: ndarray, inside: ndarray) -> float:
+    """`patch_correlation` of one patch: CT, MR and region on the CT grid."""
+    match = -signal.correlate(_detail(grey) * inside, _detail(hu) * inside, "same", "fft")
+    centre = tuple(n // 2 for n in match.shape)
+    near = tuple(slice(c - r, c + r + 1) for c, r in zip(centre, REACH_VOXELS, strict=True))
+    best = match[near].max()
+    return np.clip(match[centre] / best, 0, 1) if best > 0 else 0.0
 
 
 def _detail(image: ndarray) -> ndarray:
@@ -70,9 +74,7 @@ def feature_maps(
 
     All arms show the channel that varies most in the first arm.
     """
-    row = [patch]
-    one = Patches(patches.table.iloc[row], patches.mr[row], patches.ct[row], patches.voi[row])
-    data, maps = prepare(one), {}
+    data, maps = prepare(patches.take([patch])), {}
     for arm in arms:
         network, record = load_model(Path(folder) / f"{arm}_fold{fold}_seed{seed}")
         x = make_input(data, np.array([0]), record["scale"], record["settings"]["device"])

@@ -112,6 +112,27 @@ def calibration_curve(labels: Sequence, probabilities: Sequence, n_bins: int = 5
     return pd.DataFrame(rows, columns=["predicted", "observed", "ci_low", "ci_high", "n"])
 
 
+def sensitivity_at_specificity(labels, scores, specificity=0.90) -> dict[str, float]:
+    """Sensitivity at the lowest threshold that keeps at least this specificity.
+
+    A score above the threshold is positive. Returns sensitivity, ci_low, ci_high (Wilson 95 %,
+    threshold taken as given), threshold and the specificity reached.
+    """
+    labels, scores = checked_labels(labels, scores)
+    controls = np.sort(scores[~labels])
+    n_below = max(int(np.ceil(round(specificity * len(controls), 9))), 1)
+    threshold = controls[n_below - 1]
+    positive = scores[labels] > threshold
+    low, high = proportion_confint(positive.sum(), len(positive), method="wilson")
+    return {
+        "sensitivity": float(positive.mean()),
+        "ci_low": float(low),
+        "ci_high": float(high),
+        "threshold": float(threshold),
+        "specificity": float(np.mean(controls <= threshold)),
+    }
+
+
 def net_benefit(labels, probabilities, thresholds) -> pd.DataFrame:
     """Decision curve TP/n - FP/n * t/(1-t) at thresholds t (Vickers & Elkin 2006).
 

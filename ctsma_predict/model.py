@@ -24,7 +24,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ctsma.agreement import conformal_radius, cross_conformal
 from ctsma.cache import content_hash
 from ctsma.cohort import read_knee_volume, read_manifest, splits_path
 from ctsma.common import BIOMARKERS, BONES, LABELS, InputError
@@ -36,6 +35,7 @@ from ctsma.parallel import run_tasks
 from ctsma.patches import CT_SHAPE, MR_SHAPE, Patches, load_patches
 
 from . import limits
+from .conformal import conformal_radius, cross_conformal
 
 SCHEMA_VERSION = 2
 CARD, ABOUT = "MODEL_CARD.md", "model.json"
@@ -161,7 +161,7 @@ def export_model(
     predictions = predictions[predictions["arm"] == arm]
     means = compartment_means(predictions)
     data = load_patches(run / "patches")
-    detector = limits.fit_out_of_distribution(data.ct.astype(np.float32), data.voi)
+    detector = limits.fit_out_of_distribution(data.ct[:].astype(np.float32), data.voi[:])
     tasks, root = [], manifest.attrs["root"]
     for knee_id, rows in data.table.groupby("knee_id").indices.items():
         knee = manifest[manifest["knee_id"] == knee_id].iloc[0].to_dict()

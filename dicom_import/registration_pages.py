@@ -44,23 +44,29 @@ FEMUR_INK, TIBIA_INK, PATCH_INK, LETTER_INK, RIM_INK = 1, 2, 3, 4, 5
 
 
 def draw_knee(
-    knee: Mapping, folder: Path, *, root: str, registration: str, patches: str, images: str
+    knee: Mapping,
+    folder: Path,
+    *,
+    root: str,
+    registration_folder: str,
+    patches_folder: str,
+    image_folder: str,
 ) -> dict:
     """Draw the images of one registered knee of a run (for `map_knees`).
 
     Parameters
     ----------
-    registration, patches : folders of the run. images : where the images are written; they are the
-        files of the record.
+    registration_folder, patches_folder : of the run. image_folder : where the images are written;
+        they are the files of the record.
     """
     knee_id = knee["knee_id"]
     ct, mr = (read_knee_volume(knee, column, root) for column in ("ct", "mr"))
-    masks = sitk.ReadImage(str(Path(registration) / f"{knee_id}_mask.nii.gz"))
-    stages = read_stages(registration, knee_id)
-    table = Path(patches) / f"{knee_id}_table.csv"
+    masks = sitk.ReadImage(str(Path(registration_folder) / f"{knee_id}_mask.nii.gz"))
+    stages = read_stages(registration_folder, knee_id)
+    table = Path(patches_folder) / f"{knee_id}_table.csv"
     centres = pd.read_csv(table) if table.exists() else None
-    draw_images(knee, ct, mr, masks, list(stages.values())[-1], images, centres)
-    written = [Path(images) / f"{knee_id}_{name}" for name in FILES]
+    draw_images(knee, ct, mr, masks, list(stages.values())[-1], image_folder, centres)
+    written = [Path(image_folder) / f"{knee_id}_{name}" for name in FILES]
     return {"files": [os.path.relpath(file, folder) for file in written]}
 
 

@@ -12,13 +12,12 @@ from ctsma.agreement import (
     bland_altman,
     bootstrap_differences,
     bootstrap_icc,
-    conformal_radius,
-    cross_conformal,
     icc,
     paired_differences,
 )
 from ctsma.common import BIOMARKERS, InputError
 from ctsma_lab.views import cohort_matches, nested
+from ctsma_predict.conformal import conformal_radius, cross_conformal
 
 # Bland & Altman 1986, Lancet: first readings of 17 subjects, peak expiratory flow rate in l/min
 WRIGHT = np.array(

@@ -80,6 +80,17 @@ def test_a_replaced_image_without_checksum_is_a_changed_input(tmp_path):
     assert calls(tmp_path) == ["K1", "K1"]
 
 
+def test_a_moved_folder_is_not_computed_again(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "ct.nii.gz").write_bytes(b"one")
+    for name in ("old", "new"):
+        root = tmp_path / name
+        map_knees(with_root, knees_of(1).assign(ct_sha256=None), root, {"root": str(root)})
+        if name == "old":
+            root.rename(tmp_path / "new")
+    assert calls(tmp_path / "new") == ["K1"]
+
+
 def die_once(knee, folder):
     """The first time, the second knee ends its whole process."""
     mark = Path(folder) / "died.txt"

@@ -22,11 +22,15 @@ from ctsma.diagnosis import (
     cross_validate_tabular,
     permute_labels,
     roc_band,
-    sensitivity_at_specificity,
     tokens_by_arm,
 )
 from ctsma.diagnosis.statistics import hanley_mcneil_se
-from ctsma_lab.views import calibration_curve, label_problem, net_benefit
+from ctsma_lab.views import (
+    calibration_curve,
+    label_problem,
+    net_benefit,
+    sensitivity_at_specificity,
+)
 
 # Hanley & McNeil 1982, Radiology 143, table I: CT ratings 1..5 of 58 normal and 51 abnormal
 # patients

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,21 @@ from ctsma.distillation import (
     read_arms,
     training,
 )
-from ctsma.distillation.data import Fold, augment_ct, knee_batches, make_input
+from ctsma.distillation.data import (
+    IMAGES,
+    Fold,
+    MappedImages,
+    augment_ct,
+    knee_batches,
+    make_input,
+    prepare_in_files,
+)
 from ctsma.distillation.losses import knee_level_mse
 from ctsma.distillation.training import TeacherCache, predict_rows, train
 from ctsma.models import apply_ridge, build, to_ct_grid
-from ctsma.patches import Patches
+from ctsma.patches import Patches, portions
 from ctsma_lab.training_views import patch_correlation, read_records
+from ctsma_predict.ct_only import predict_ct_only
 
 STUDY_ARMS = ["hu_regression", "hu_regression_calibrated", "mr_teacher", "ct_only", "ct_residual"]
 STUDY_ARMS += ["ct_sma", "ct_sma_plus"]
@@ -354,7 +364,7 @@ def test_knees_without_mr_are_predicted_by_the_networks_of_their_folds(trained, 
     table = patches.table.iloc[rows].drop(columns=list(BIOMARKERS)).reset_index(drop=True)
     no_mr = Patches(table, np.zeros_like(patches.mr[rows]), patches.ct[rows], patches.voi[rows])
     arms = ["ct_only", "ct_residual", "mr_teacher"]
-    found = distillation.predict_ct_only(no_mr, splits_of(patches), arms, [3], folder)
+    found = predict_ct_only(no_mr, splits_of(patches), arms, [3], folder)
     assert set(found["arm"]) == {"ct_only", "ct_residual"}
     keys = ["arm", "fold", "knee_id", "patch_id"]
     both = found.merge(predictions, on=keys, suffixes=("", "_paired"))
@@ -364,7 +374,7 @@ def test_knees_without_mr_are_predicted_by_the_networks_of_their_folds(trained, 
     joined = distillation.with_reference(distillation.mean_over_seeds(found), table)
     assert "mean_hu" in joined and "bv_tv_reference" not in joined
     nothing = replace(no_mr, table=table[:0])
-    empty = distillation.predict_ct_only(nothing, splits_of(patches), arms, [3], folder)
+    empty = predict_ct_only(nothing, splits_of(patches), arms, [3], folder)
     assert distillation.with_reference(distillation.mean_over_seeds(empty), table[:0]).empty
 
 
@@ -423,6 +433,26 @@ def test_seeds_are_averaged(patches, tmp_path):
 
 
 # Training
+
+
+def test_images_in_files_are_those_in_memory(patches, tmp_path, monkeypatch):
+    whole = prepare(patches)
+    monkeypatch.setattr(distillation.data, "portions", partial(portions, size=5))
+    data = prepare_in_files(patches, tmp_path)
+    rows = np.array([7, 3, 20])
+    for name, values in vars(whole).items():
+        own = getattr(data, name)
+        if name in IMAGES:
+            assert isinstance(own, MappedImages)
+            np.testing.assert_array_equal(own[rows], values[rows])
+            own = own[:]
+        np.testing.assert_array_equal(own, values)
+    for arm in ("ct_only", "mr_teacher"):
+        scales = [
+            make_fold(d, splits_of(patches), 0, 0, Settings(**TINY), ARMS[arm]).scale
+            for d in (whole, data)
+        ]
+        assert scales[0] == scales[1]
 
 
 def test_an_interrupted_training_goes_on_to_the_same_bits(patches, tmp_path, monkeypatch):

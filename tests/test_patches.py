@@ -9,6 +9,7 @@ import SimpleITK as sitk
 
 from ctsma import patches
 from ctsma.common import BIOMARKERS, BONES, COMPARTMENTS, InputError
+from ctsma.patches import CT_SHAPE, MR_SHAPE
 
 
 def ramp(
@@ -152,7 +153,9 @@ def write_patches(folder, knee_id, flags):
     n = len(flags)
     table = pd.DataFrame({"knee_id": knee_id, "subject_id": "S1", "patch_id": range(n)})
     table.assign(flag=flags).to_csv(folder / f"{knee_id}_table.csv", index=False)
-    np.savez(folder / f"{knee_id}.npz", mr=np.arange(n), ct=np.arange(n), voi=np.ones(n, bool))
+    values = np.arange(n, dtype=np.float16)[:, None, None, None]
+    mr, ct = (np.broadcast_to(values, (n, *shape)) for shape in (MR_SHAPE, CT_SHAPE))
+    np.savez(folder / f"{knee_id}.npz", mr=mr, ct=ct, voi=np.ones((n, *MR_SHAPE), bool))
 
 
 def test_tables_are_collected_and_read_back_without_flagged_patches(tmp_path):
@@ -163,7 +166,12 @@ def test_tables_are_collected_and_read_back_without_flagged_patches(tmp_path):
     table.to_csv(tmp_path / "patches.csv", index=False)
     assert patches.load_table(tmp_path)["patch_id"].tolist() == [0, 0, 1]
     assert len(patches.load_table(tmp_path, usable=False)) == 4
-    assert patches.load_patches(tmp_path).mr.tolist() == [0, 0, 1]
+    data = patches.load_patches(tmp_path)
+    assert data.mr[:].max(axis=(1, 2, 3)).tolist() == [0, 0, 1]
+    last = np.array([2, 0])
+    assert data.ct[last].shape == (2, *CT_SHAPE) and data.ct[last][:, 0, 0, 0].tolist() == [1, 0]
+    assert data.voi[1].shape == MR_SHAPE and data.voi[:0].shape == (0, *MR_SHAPE)
+    assert data.take(last).table["knee_id"].tolist() == ["K2", "K1"]
     with pytest.raises(InputError, match="does not exist"):
         patches.load_table(tmp_path / "none")
 
@@ -171,11 +179,12 @@ def test_tables_are_collected_and_read_back_without_flagged_patches(tmp_path):
 def test_patches_of_knees_with_ct_alone_may_be_none(tmp_path):
     patches.collect_tables(tmp_path, []).to_csv(tmp_path / "ct_only.csv", index=False)
     nothing = patches.load_ct_only_patches(tmp_path)
-    assert nothing.table.empty and nothing.ct.shape == (0, *patches.CT_SHAPE)
+    assert nothing.table.empty and nothing.ct[:].shape == (0, *patches.CT_SHAPE)
     write_patches(tmp_path / "ct_only", "K1", ["bad", ""])
     table = patches.collect_tables(tmp_path / "ct_only", ["K1"])
     table.to_csv(tmp_path / "ct_only.csv", index=False)
-    assert patches.load_ct_only_patches(tmp_path).ct.tolist() == [1]
+    only = patches.load_ct_only_patches(tmp_path)
+    assert only.ct[:].max(axis=(1, 2, 3)).tolist() == [1] and not only.mr[0].any()
 
 
 def test_a_patch_of_noise_among_good_ones_is_flagged_and_not_measured():

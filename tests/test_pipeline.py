@@ -21,7 +21,7 @@ from ctsma.cohort import image_path, read_manifest
 from ctsma.cohort.manifest import SCHEMA
 from ctsma.common import InputError
 from ctsma.files import ROOT, atomic
-from ctsma_lab import cli, runner
+from ctsma_lab import cli, profiles, runner
 from ctsma_lab.report import write_report
 from ctsma_lab.run import RESULTS, UNDER_RUNNER, Run
 from ctsma_lab.terminal import Progress
@@ -300,13 +300,13 @@ def test_times_that_are_shown_are_those_of_a_finished_run(tmp_path, monkeypatch,
     (tmp_path / "run.json").write_text('{"profile": "quick"}')
     (tmp_path / "results" / "cohort.json").write_text('{"n_knees": 48, "git_commit": "a"}')
     monkeypatch.setattr(run_times, "status", lambda run: rows)
-    for module in (run_times, runner):
+    for module in (run_times, profiles):
         monkeypatch.setattr(module, "RUN_TIMES", tmp_path / "run_times.json")
-    assert runner.profiles()["quick"]["minutes"] == {}
+    assert profiles.profiles()["quick"]["minutes"] == {}
     monkeypatch.setattr(sys, "argv", ["run_times.py", str(tmp_path)])
     run_times.main()
-    assert runner.profiles()["quick"]["minutes"] == dict.fromkeys(runner.STAGES, 1.5)
-    assert runner.profiles()["full"]["minutes"] == {}
+    assert profiles.profiles()["quick"]["minutes"] == dict.fromkeys(runner.STAGES, 1.5)
+    assert profiles.profiles()["full"]["minutes"] == {}
     rows[4]["seconds"] = None
     with pytest.raises(InputError, match="has not finished 05_roc_diagnosis"):
         run_times.main()

@@ -294,7 +294,7 @@ def test_a_damaged_or_changed_model_is_refused(model, tmp_path, damage, reason):
 
 def test_the_estimate_is_the_mean_of_the_members_in_their_units(ensemble, run):
     data = patches.load_patches(run / "patches")
-    ct, voi = data.ct.astype(np.float32), data.voi
+    ct, voi = data.ct[:].astype(np.float32), data.voi[:]
     cortical_hu = patches.mean_cortical_hu(data.table)
     first = ct[:5], voi[:5], cortical_hu[:5]
     alone = [prediction.estimate([member], *first) for member in ensemble.members]
@@ -382,7 +382,7 @@ def test_noise_is_measured_in_soft_tissue_alone():
 
 def test_patches_unlike_those_of_training_are_far_from_them(run):
     data = patches.load_patches(run / "patches")
-    ct, voi = data.ct.astype(np.float32), data.voi
+    ct, voi = data.ct[:].astype(np.float32), data.voi[:]
     detector = limits.fit_out_of_distribution(ct, voi)
     own = np.median(detector.distance(ct, voi))
     assert own == pytest.approx(0.7, abs=0.3)  # 1 with many more patches than features

@@ -13,7 +13,8 @@ import pytest
 
 from ctsma.cache import imported_modules
 from ctsma.cohort.manifest import SCHEMA
-from ctsma_lab.runner import STAGES, notebook_parameters, profiles
+from ctsma_lab.profiles import profiles
+from ctsma_lab.runner import STAGES, notebook_parameters
 
 REPOSITORY = Path(__file__).parents[1]
 # A module of ctsma imports only modules that stand before it.

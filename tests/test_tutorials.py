@@ -207,6 +207,8 @@ def ends(control):
 @pytest.mark.parametrize("tutorial", MODULES)
 def test_figures_follow_their_sliders_from_end_to_end(tutorial, monkeypatch):
     module = import_module(f"ctsma_lab.tutorials.{MODULES[tutorial]}")
+    one_epoch = t3_training.SETTINGS.model_copy(update={"epochs": 1})
+    monkeypatch.setattr(t3_training, "SETTINGS", one_epoch)
     panels = []
     monkeypatch.setattr(
         module, "explore", lambda draw, button="", **controls: panels.append((draw, controls))

@@ -12,7 +12,6 @@ import pandas as pd
 import statsmodels.api as sm
 from numpy import ndarray
 from scipy import optimize, special, stats
-from statsmodels.stats.proportion import proportion_confint
 
 from ctsma.agreement import subject_codes
 from ctsma.common import InputError
@@ -158,27 +157,6 @@ def _resampled_roc(labels, scores, subjects, rng, n_resamples) -> tuple[ndarray,
         count = np.cumsum(weights * group[order], axis=1)[:, last_of_ties]
         rates.append(np.pad(count / count[:, -1:], ((0, 0), (1, 0))))
     return rates[0], rates[1]
-
-
-def sensitivity_at_specificity(labels, scores, specificity=0.90) -> dict[str, float]:
-    """Sensitivity at the lowest threshold that keeps at least this specificity.
-
-    A score above the threshold is positive. Returns sensitivity, ci_low, ci_high (Wilson 95 %,
-    threshold taken as given), threshold and the specificity reached.
-    """
-    labels, scores = checked_labels(labels, scores)
-    controls = np.sort(scores[~labels])
-    n_below = max(int(np.ceil(round(specificity * len(controls), 9))), 1)
-    threshold = controls[n_below - 1]
-    positive = scores[labels] > threshold
-    low, high = proportion_confint(positive.sum(), len(positive), method="wilson")
-    return {
-        "sensitivity": float(positive.mean()),
-        "ci_low": float(low),
-        "ci_high": float(high),
-        "threshold": float(threshold),
-        "specificity": float(np.mean(controls <= threshold)),
-    }
 
 
 def calibration(labels: Sequence, probabilities: Sequence) -> dict[str, float]:

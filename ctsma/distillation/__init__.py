@@ -3,7 +3,7 @@
 from ctsma.arms import ARMS, COMPARISONS, MAIN_ARM, TRAINED, Arm, read_arms
 
 from .checkpoints import load_model
-from .cross_validation import cross_validate, mean_over_seeds, predict_ct_only, with_reference
+from .cross_validation import cross_validate, mean_over_seeds, with_reference
 from .data import Fold, TrainingData, fit_normalisation, make_fold, prepare
 from .losses import LOSS_TERMS, DistillationBatch, Outputs, distillation_loss
 from .settings import Settings

@@ -2,11 +2,14 @@
 
 import hashlib
 import inspect
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 from numpy import ndarray
@@ -17,13 +20,13 @@ from ctsma.common import BIOMARKERS, InputError
 from ctsma.files import sha256_file, versions
 from ctsma.models import Network, apply_ridge
 from ctsma.parallel import run_tasks
-from ctsma.patches import Patches, mean_cortical_hu
+from ctsma.patches import Patches, mean_cortical_hu, portions
 
 from .checkpoints import load_model, save_model
-from .data import Fold, TrainingData, make_fold, prepare, ridge_of
+from .data import IMAGES, Fold, TrainingData, make_fold, prepare_in_files, ridge_of
 from .losses import loss_term
 from .settings import Settings
-from .training import TeacherCache, predict, predict_rows, train, with_teacher_labels
+from .training import TeacherCache, predict_rows, train, with_teacher_labels
 
 TEACHER = ARMS["mr_teacher"]
 KEYS = ["arm", "fold", "knee_id", "subject_id", "patch_id"]
@@ -72,8 +75,6 @@ def cross_validate(
         raise InputError("arms", f"hold {unknown[0]!r}", f"choose among {', '.join(TRAINED)}")
     chosen = [ARMS[arm] if isinstance(arm, str) else arm for arm in arms]
     _check(patches, splits, chosen)
-    data = prepare(patches)
-    study = _Study(data, splits, settings, Path(folder), _data_key(data, splits))
     # The slowest first, and students after their teachers: no process waits for the end of another.
     # A student that finds no teacher, as among many processes, trains it itself to the same bits.
     jobs, order = [], {"teacher": 0, "student": 1, "ridge": 2}
@@ -81,13 +82,18 @@ def cross_validate(
         own_seeds = seeds[:1] if arm.kind == "ridge" else seeds  # a ridge draws nothing
         jobs += [(arm, int(k), seed) for k in sorted(splits["fold"].unique()) for seed in own_seeds]
     found, started = [], time.perf_counter()
-    for predictions in run_tasks(study.run, jobs, n_jobs, ordered=False):
-        found.append(predictions)
-        if report:
-            left = time_left(started, len(found), len(jobs) - len(found))
-            job = "{}, fold {}, seed {}".format(*predictions.iloc[0, :3])
-            line = f"train {len(found)}/{len(jobs)} {job}: done{left}"
-            report(line, done=len(found), total=len(jobs))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".data-") as shared:
+        data, file = prepare_in_files(patches, shared), Path(shared) / "data"
+        joblib.dump(data, file)
+        study = _Study(file, splits, settings, Path(folder), _data_key(data, splits))
+        for predictions in run_tasks(study.run, jobs, n_jobs, ordered=False):
+            found.append(predictions)
+            if report:
+                left = time_left(started, len(found), len(jobs) - len(found))
+                job = "{}, fold {}, seed {}".format(*predictions.iloc[0, :3])
+                line = f"train {len(found)}/{len(jobs)} {job}: done{left}"
+                report(line, done=len(found), total=len(jobs))
     found.sort(key=lambda part: part.iloc[0, 1:3].tolist())
     ordered = [part for arm in chosen for part in found if part["arm"].iloc[0] == arm.id]
     return pd.concat(ordered, ignore_index=True)
@@ -95,13 +101,18 @@ def cross_validate(
 
 @dataclass(frozen=True)
 class _Study:
-    """What all folds of a cross-validation share."""
+    """What all folds of a cross-validation share; the data are read by every process itself."""
 
-    data: TrainingData
+    data_file: Path
     splits: pd.DataFrame
     settings: Settings
     folder: Path
     data_key: str
+
+    @cached_property
+    def data(self) -> TrainingData:
+        """Its images stay in their files."""
+        return joblib.load(self.data_file)
 
     def run(self, arm: Arm, number: int, seed: int) -> pd.DataFrame:
         """Predictions of one arm for the test rows of one fold."""
@@ -115,7 +126,7 @@ class _Study:
         else:
             network, record = self.network(arm, fold, seed)
             values = predict_rows(network, data, fold.test, record["scale"], self.settings)
-        return _prediction_rows(data.table.iloc[fold.test], arm.id, number, seed, values)
+        return prediction_rows(data.table.iloc[fold.test], arm.id, number, seed, values)
 
     def network(self, arm: Arm, fold: Fold, seed: int) -> tuple[Network, dict]:
         """The arm's network and its record: read where it was trained before, else trained.
@@ -179,56 +190,26 @@ def _check(patches: Patches, splits: pd.DataFrame, arms: Sequence[Arm]) -> None:
         problem = f"have no fold for subject {', '.join(missing[:3])}"
         raise InputError("splits", problem, "make the splits again")
     arrays = {"mr": patches.mr, "ct": patches.ct, "cortical HU": mean_cortical_hu(patches.table)}
-    reference = patches.table[list(BIOMARKERS)].dropna(how="all").to_numpy()
-    for name, values in (arrays | {"reference": reference}).items():
-        if not np.isfinite(values).all(axis=None):
+    arrays["reference"] = patches.table[list(BIOMARKERS)].dropna(how="all").to_numpy()
+    for name, values in arrays.items():
+        some = portions(np.arange(len(values)))
+        if not all(np.isfinite(values[rows]).all() for rows in some):
             problem = f"hold a value that is not finite in {name}"
             raise InputError("patches", problem, "leave flagged patches out")
 
 
 def _data_key(data: TrainingData, splits: pd.DataFrame) -> str:
-    arrays = data.targets, data.ct, data.mr, data.voi, data.cortical_hu
+    arrays = data.targets, data.cortical_hu
     digests = [hashlib.sha256(np.ascontiguousarray(array)).hexdigest() for array in arrays]
+    digests += [sha256_file(getattr(data, name).file) for name in IMAGES]
     folds = splits[["subject_id", "fold"]].sort_values("subject_id").to_numpy().tolist()
     return content_hash(digests, folds, source_sha256("ctsma.distillation"))
 
 
-def predict_ct_only(
-    patches: Patches,
-    splits: pd.DataFrame,
-    arms: Sequence[str],
-    seeds: Sequence[int],
-    folder: str | Path,
-) -> pd.DataFrame:
-    """Predict patches of knees without usable MR by the trained students of their subjects' folds.
-
-    Parameters
-    ----------
-    patches : of `load_ct_only_patches`.
-    splits, arms, seeds, folder : as given to `cross_validate`, which trained the networks.
-
-    Returns
-    -------
-    DataFrame as of `cross_validate`. A network of a subject's fold never saw the subject.
-    """
-    table = patches.table.assign(**dict.fromkeys(BIOMARKERS, np.nan))
-    students = [arm for arm in arms if ARMS[arm].kind == "student"]
-    if table.empty or not students:
-        return _prediction_rows(table[:0], "", 0, 0, np.zeros((0, len(BIOMARKERS))))
-    data, parts = prepare(replace(patches, table=table)), []
-    folds = splits.set_index("subject_id")["fold"].loc[table["subject_id"]].to_numpy()
-    jobs = [(arm, k, seed) for arm in students for k in np.unique(folds) for seed in seeds]
-    for arm, number, seed in jobs:
-        network, record = load_model(Path(folder) / f"{arm}_fold{number}_seed{seed}")
-        rows = np.flatnonzero(folds == number)
-        values = predict(network, record, data, rows)
-        parts.append(_prediction_rows(table.iloc[rows], arm, number, seed, values))
-    return pd.concat(parts, ignore_index=True)
-
-
-def _prediction_rows(
+def prediction_rows(
     table: pd.DataFrame, arm: str, fold: int, seed: int, values: ndarray
 ) -> pd.DataFrame:
+    """Predicted biomarkers (n, 4) of the patches of a table, as `cross_validate` returns them."""
     patches = table[["knee_id", "subject_id", "patch_id"]].reset_index(drop=True)
     heads = pd.DataFrame({"arm": arm, "fold": fold, "seed": seed}, index=patches.index)
     return pd.concat([heads, patches, pd.DataFrame(values, columns=list(BIOMARKERS))], axis=1)

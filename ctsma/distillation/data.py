@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from ctsma.arms import ARMS, Arm
 from ctsma.common import BIOMARKERS, InputError
 from ctsma.models import N_CALIBRATED, RidgeFit, apply_ridge, fit_ridge, ridge_features, to_ct_grid
-from ctsma.patches import Patches, mean_cortical_hu
+from ctsma.patches import Patches, mean_cortical_hu, portions
 
 from .settings import Settings
 
@@ -23,21 +24,37 @@ HU_RANGE = (-300.0, 1500.0)  # nothing in a patch of bone and joint lies outside
 GAIN_SD, SHIFT_HU, NOISE_HU, BLUR = 0.01, 5.0, 10.0, 0.3
 # Average HU of trabecular bone over that of cortex, which centres the channel; design choice
 TRABECULAR_SHARE = 0.25
+IMAGES = "ct", "mr", "voi", "region"  # of `TrainingData`
 FLIPS = 1, 3  # of (n, slices, rows, columns); never rows: depth below the joint has a direction
 
 
 @dataclass(frozen=True)
+class MappedImages:
+    """Images of `shape` (n, ...) in a file. It is mapped while `[rows]` reads and not longer."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def __getitem__(self, rows: ndarray) -> ndarray:
+        return np.memmap(self.file, self.dtype, "r", shape=self.shape)[rows]
+
+
+@dataclass(frozen=True)
 class TrainingData:
-    """Arrays aligned with the rows of `table`; nothing here depends on the fold."""
+    """Arrays aligned with the rows of `table`; nothing here depends on the fold.
+
+    Images are arrays, or `MappedImages` that every process reads from the same files.
+    """
 
     table: pd.DataFrame
     subjects: ndarray  # (n,) text
     knees: ndarray  # (n,) text
     targets: ndarray  # (n, 4) MR reference biomarkers; NaN for pairs without reference
-    ct: ndarray  # (n, 12, 24, 24) HU
-    mr: ndarray  # (n, 12, 48, 48) relative to bright marrow
-    voi: ndarray  # (n, 12, 48, 48) bool
-    region: ndarray  # (n, 12, 24, 24) share of `voi` in a CT voxel
+    ct: ndarray | MappedImages  # (n, 12, 24, 24) HU
+    mr: ndarray | MappedImages  # (n, 12, 48, 48) relative to bright marrow
+    voi: ndarray | MappedImages  # (n, 12, 48, 48) bool
+    region: ndarray | MappedImages  # (n, 12, 24, 24) share of `voi` in a CT voxel
     cortical_hu: ndarray  # (n,) HU of the knee's own dense cortex, mean of both bones
     features: ndarray  # (n, 45 + N_CALIBRATED) of `ridge_features`
 
@@ -76,7 +93,7 @@ class Fold:
 
 def prepare(patches: Patches) -> TrainingData:
     """What every fold shares: MR relative to its bright marrow, region on the CT grid, features."""
-    ct, voi = patches.ct.astype(np.float32), patches.voi.astype(bool)
+    ct, voi = patches.ct[:].astype(np.float32), patches.voi[:].astype(bool)
     cortical_hu = mean_cortical_hu(patches.table)
     return TrainingData(
         table=patches.table,
@@ -84,12 +101,28 @@ def prepare(patches: Patches) -> TrainingData:
         knees=patches.table["knee_id"].to_numpy(str),
         targets=patches.table[list(BIOMARKERS)].to_numpy(float),
         ct=ct,
-        mr=relative_mr(patches.mr.astype(np.float32), voi),
+        mr=relative_mr(patches.mr[:].astype(np.float32), voi),
         voi=voi,
         region=to_ct_grid(voi),
         cortical_hu=cortical_hu,
         features=ridge_features(ct, voi, cortical_hu),
     )
+
+
+def prepare_in_files(patches: Patches, folder: str | Path) -> TrainingData:
+    """As `prepare`, with the images in files of `folder`: no process holds those of all patches."""
+    images, parts, n = {}, [], len(patches.table)
+    for rows in portions(np.arange(n)):
+        part = vars(prepare(patches.take(rows)))
+        for name in IMAGES:
+            values, file = part.pop(name), Path(folder) / name
+            with file.open("ab") as stream:
+                stream.write(np.ascontiguousarray(values))
+            images[name] = MappedImages(file, values.dtype, (n, *values.shape[1:]))
+        parts.append(part)
+    names = [name for name in parts[0] if name != "table"]
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in names}
+    return TrainingData(table=patches.table, **images, **arrays)
 
 
 def relative_mr(mr: ndarray, voi: ndarray) -> ndarray:
@@ -144,8 +177,8 @@ def fit_normalisation(data: TrainingData, fit: ndarray, arm: Arm) -> Scale:
         ridge = found.weights.tolist() if arm.baseline else None
     return Scale(
         input=arm.input,
-        ct=_mean_sd(data.ct[fit]),
-        mr=_mean_sd(data.mr[fit].astype(np.float32)),
+        ct=_mean_sd(data.ct, fit),
+        mr=_mean_sd(data.mr, fit),
         low=low.tolist(),
         high=high.tolist(),
         ridge=ridge,
@@ -153,10 +186,17 @@ def fit_normalisation(data: TrainingData, fit: ndarray, arm: Arm) -> Scale:
     )
 
 
-def _mean_sd(images: ndarray) -> list[float]:
-    """Mean and SD of float32 images, summed in double precision."""
-    mean = images.mean(dtype=float)
-    return [float(mean), float(np.sqrt(np.square(images - np.float32(mean)).mean(dtype=float)))]
+def _mean_sd(images: ndarray | MappedImages, rows: ndarray) -> list[float]:
+    """Mean and SD of the voxels of some rows, in float32, summed in double precision."""
+    total = squares = 0.0
+    count = len(rows) * images[rows[:1]].size
+    for some in portions(rows):
+        total = images[some].astype(np.float32).sum(dtype=float, initial=total)
+    mean = np.float32(total / count)
+    for some in portions(rows):
+        deviation = images[some].astype(np.float32) - mean
+        squares = np.square(deviation).sum(dtype=float, initial=squares)
+    return [float(total / count), float(np.sqrt(squares / count))]
 
 
 def knee_batches(data: TrainingData, fold: Fold, settings: Settings, rng: Generator) -> list:
@@ -167,10 +207,10 @@ def knee_batches(data: TrainingData, fold: Fold, settings: Settings, rng: Genera
     the batches are independent patches.
     """
     rows, together = fold.fit, settings.patches_per_knee if any(fold.scale["rho"]) else 1
-    parts = []
-    for knee in np.unique(data.knees[rows]):
-        own = rng.permutation(rows[data.knees[rows] == knee])
-        parts += np.array_split(own, np.ceil(len(own) / together))
+    parts, rows = [], rows[np.argsort(data.knees[rows], kind="stable")]
+    _, starts = np.unique(data.knees[rows], return_index=True)
+    for own in np.split(rows, starts[1:]):
+        parts += np.array_split(rng.permutation(own), np.ceil(len(own) / together))
     n_batches = min(len(parts), max(1, round(len(rows) / settings.batch_size)))
     groups = np.array_split(rng.permutation(len(parts)), n_batches)
     return [np.concatenate([parts[i] for i in group]) for group in groups]
