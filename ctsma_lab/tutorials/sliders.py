@@ -11,6 +11,10 @@ from IPython.display import display
 from matplotlib.figure import Figure
 
 DPI = 90  # of the pictures on screen
+LOOK = {  # of every control: room for the longest label
+    "style": {"description_width": "16em"},
+    "layout": {"width": "36em", "max_width": "100%"},
+}
 
 
 def slider(label: str, low: float, high: float, step: float, value: float) -> ipywidgets.Widget:
@@ -22,18 +26,13 @@ def slider(label: str, low: float, high: float, step: float, value: float) -> ip
         step=step,
         description=label,
         continuous_update=False,
-        style={"description_width": "13em"},
-        layout={"width": "32em"},
+        **LOOK,
     )
 
 
 def choice(label: str, options: list, value: object) -> ipywidgets.Widget:
     """A list of options, of which one is chosen."""
-    style = {"description_width": "13em"}
-    layout = {"width": "32em"}
-    return ipywidgets.Dropdown(
-        options=options, value=value, description=label, style=style, layout=layout
-    )
+    return ipywidgets.Dropdown(options=options, value=value, description=label, **LOOK)
 
 
 def steps(label: str, options: list, value: object) -> ipywidgets.Widget:
@@ -43,8 +42,7 @@ def steps(label: str, options: list, value: object) -> ipywidgets.Widget:
         value=value,
         description=label,
         continuous_update=False,
-        style={"description_width": "13em"},
-        layout={"width": "32em"},
+        **LOOK,
     )
 
 
