@@ -1,4 +1,4 @@
-"""The bones of a knee in 3D: a picture that every browser shows, and a viewer where it is installed.
+"""The bones of a knee in 3D: a picture for every browser, and a viewer where it is installed.
 
 The viewer needs the package ipyniivue (pip install -e .[view3d]) and a browser with WebGL 2. Points
 are in LPS mm.

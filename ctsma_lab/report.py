@@ -42,6 +42,7 @@ from .tables import (
     profiles_table,
     published_networks,
     read_results,
+    renew,
     results_table,
     summary,
 )
@@ -316,23 +317,10 @@ def update_readme(readme: str | Path, results: str | Path) -> None:
         "tables": "\n".join([*tables, origin(results)]),
     }
     details = readme.parent / "docs" / "results.md"
-    if not _renew(readme, parts):
+    if not renew(readme, parts):
         marks = "<!-- results:begin --> and <!-- results:end -->"
         raise InputError(readme, "has no generated part", f"add the lines {marks}")
     if details.exists():
-        _renew(details, parts)
+        renew(details, parts)
     with atomic(readme.parent / "docs" / "figures" / "icc.svg") as temporary:
         draw_icc(results, temporary)
-
-
-def _renew(file: Path, parts: Mapping[str, str]) -> int:
-    """Replace the generated parts of a file; returns how many it has."""
-    text, count = file.read_text(encoding="utf-8"), 0
-    for name, content in parts.items():
-        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-        if begin in text and end in text:
-            head, _, rest = text.partition(begin)
-            text = head + begin + content + "\n" + end + rest.partition(end)[2]
-            count += 1
-    write_text(file, text)
-    return count

@@ -15,9 +15,11 @@ import papermill
 import pytest
 from PIL import Image
 
-from ctsma_lab.tutorials import check, sliders, t3_training, t4_agreement
+from ctsma.registration import apply_rigid
+from ctsma_lab.tutorials import check, sliders, t2_registration, t3_training, t4_agreement
 from ctsma_lab.tutorials.exercises import MODULES, exercises
 from ctsma_lab.tutorials.students import student_version, write_student_versions
+from ctsma_lab.tutorials.teachers import answers_table
 
 REPOSITORY = Path(__file__).parents[1]
 TUTORIALS = REPOSITORY / "notebooks" / "tutorials"
@@ -25,6 +27,19 @@ DATA = REPOSITORY / "notebooks" / "data"
 SOURCES = sorted((TUTORIALS / "solutions").glob("T*.ipynb"))
 EVERY_SOURCE = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 MAX_DATA_BYTES = 8_000_000
+
+
+def true_pose():
+    return t2_registration.pose_of("femur", t2_registration.knee().true["femur"])
+
+
+def share_common():
+    return t3_training.share_common(t3_training.errors())
+
+
+def improved():
+    return t3_training.improved(t3_training.ARM, "hu_regression_calibrated")
+
 
 # At least one wrong answer to each exercise; the first ones are common mistakes.
 WRONG = {
@@ -38,11 +53,11 @@ WRONG = {
     ],
     "T1.5": ["values", "both", "neither", "yes"],
     "T2.1": [80.0, 0.0, 2.8],
-    "T2.2": [[0, 0, 0, 0, 0, 0], [10, 0, 0, 10, 0, 0], [-5, 0, 4, 2, -2, 0], [0, 0, 0], 1.0],
-    "T2.3": [1.1, 4.2, 0.0],
-    "T2.4": [8.58, 3.32, 0.02],
+    "T2.2": lambda: [[0] * 6, [10, 0, 0, 10, 0, 0], true_pose() / 2, [0, 0, 0], 1.0],
+    "T2.3": lambda: [2 * t2_registration.half_width_mm(), t2_registration.mi_half_width_mm(), 0.0],
+    "T2.4": lambda: [t2_registration.femur_on_tibia_mm(), t2_registration.whole_knee_mm(), 0.0],
     "T2.5": [{"A"}, {"B", "D"}, {"A", "B", "C"}, set(), {"E"}],
-    "T3.1": [0.198, 0.895, 0.5],
+    "T3.1": lambda: [1 - share_common(), share_common() ** 0.5, share_common() + 0.1],
     "T3.2": [
         lambda error, knees, rho: np.mean(error**2),
         lambda error, knees, rho: np.mean((error - rho * np.mean(error)) ** 2),
@@ -50,8 +65,8 @@ WRONG = {
         lambda error, knees, rho: np.nan,
     ],
     "T3.3": [{"A"}, {"A", "B", "D"}, {"C"}, set(), {"E"}],
-    "T3.4": [-0.076, -0.042, -0.029, 0.0],
-    "T3.5": ["r_within", "r_between", "relative_error", "all", "r"],
+    "T3.4": lambda: [*map(t3_training.change_of, ("r_between", "icc")), 0.5],
+    "T3.5": lambda: [{"r"}, set(t3_training.MEASURES) - improved(), improved() ^ {"icc"}],
     "T4.1": [1.0, 0.5, 0.8],
     "T4.2": [
         lambda x, y: np.corrcoef(x, y)[0, 1],
@@ -59,7 +74,7 @@ WRONG = {
         lambda x, y: 2 * np.cov(x, y)[0, 1] / (np.var(x) + np.var(y) + np.mean(x - y) ** 2),
         lambda x, y: np.nan,
     ],
-    "T4.3": [1.37, 0.137, 3.92],
+    "T4.3": lambda: [t4_agreement.limits_width_in_sd() / 2, 0.137, 3.92],
     "T4.4": [
         t4_agreement.patches("ct_sma", "tb_n_per_mm")["estimate"],
         t4_agreement.patches("ct_sma", "tb_n_per_mm")["reference"],
@@ -144,6 +159,16 @@ def test_links_of_the_folders_pages_resolve(folder):
 def test_teachers_find_every_exercise():
     text = (REPOSITORY / "docs" / "teaching.md").read_text()
     assert not [number for number in WRONG if f"| {number} |" not in text]
+    generated = text.partition("<!-- answers:begin -->\n")[2].partition("<!-- answers:end -->")[0]
+    assert generated.rstrip() == answers_table(), "run python -m ctsma_lab.tutorials"
+
+
+def test_the_true_pose_of_the_knee_is_within_the_sliders():
+    assert np.abs(true_pose()).max() < t2_registration.LARGEST
+    true = t2_registration.knee().true["femur"]
+    back = t2_registration.pose("femur", true_pose()[:3], true_pose()[3:])
+    points = t2_registration.knee().targets["femur"]
+    assert apply_rigid(back, points) == pytest.approx(apply_rigid(true, points), abs=1e-6)
 
 
 @EVERY_SOURCE
@@ -277,7 +302,8 @@ def test_small_networks_never_see_the_knees_they_are_tested_on(arm):
 @pytest.mark.parametrize("tutorial", MODULES)
 def test_wrong_answers_get_a_hint(tutorial):
     for number, exercise in exercises(tutorial).items():
-        for answer in (..., *WRONG[number]):
+        wrong = WRONG[number]() if callable(WRONG[number]) else WRONG[number]
+        for answer in (..., *wrong):
             verdict = check(number, answer)
             assert not verdict.right, (number, answer)
             assert verdict.text not in ("", exercise.comment)

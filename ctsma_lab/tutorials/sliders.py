@@ -38,11 +38,7 @@ def choice(label: str, options: list, value: object) -> ipywidgets.Widget:
 def steps(label: str, options: list, value: object) -> ipywidgets.Widget:
     """A slider through named options in their order."""
     return ipywidgets.SelectionSlider(
-        options=options,
-        value=value,
-        description=label,
-        continuous_update=False,
-        **LOOK,
+        options=options, value=value, description=label, continuous_update=False, **LOOK
     )
 
 
