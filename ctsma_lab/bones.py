@@ -105,14 +105,18 @@ def viewer(ct: sitk.Image, labels: sitk.Image) -> ipywidgets.Widget:
             "The 3D viewer is not installed: <code>pip install -e .[view3d]</code>. "
             "The picture above needs nothing."
         )
-    from ipyniivue import NiiVue, SliceType  # optional
+    from ipyniivue import NiiVue, ShowRender, SliceType  # optional
 
     spacing = [max(VIEWER_MM, value) for value in ct.GetSpacing()]
     size = [int(n * a / b) for n, a, b in zip(ct.GetSize(), ct.GetSpacing(), spacing, strict=True)]
     grid = (size, sitk.Transform(), sitk.sitkLinear, ct.GetOrigin(), spacing, ct.GetDirection())
     hu = sitk.Cast(sitk.Clamp(sitk.Resample(ct, *grid), sitk.sitkFloat32, *CT_HU), sitk.sitkInt16)
     bones = sitk.Resample(labels, hu, sitk.Transform(), sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
-    shown = NiiVue(height=VIEWER_PX)
+    shown = NiiVue(
+        height=VIEWER_PX,
+        multiplanar_show_render=ShowRender.ALWAYS,
+        is_radiological_convention=True,  # the patient's right is left, as in the figures
+    )
     volumes = [
         {"colormap": "gray", "cal_min": CT_HU[0], "cal_max": CT_HU[1]},
         {"colormap": "blue2red", "opacity": 0.4, "cal_min": 0.5, "cal_max": 2.0},

@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -68,6 +69,13 @@ DRAWN = """([box, before]) => {
     image.src !== before?.src && image.alt !== before?.alt;
 }"""
 
+# The 3D viewer has drawn: its canvas, read in the frame in which it draws, is not of one colour.
+LOADED = """(canvas) => new Promise((done) => requestAnimationFrame(() => {
+  const small = new OffscreenCanvas(32, 32).getContext('2d');
+  small.drawImage(canvas, 0, 0, 32, 32);
+  done(new Set(new Uint32Array(small.getImageData(0, 0, 32, 32).data.buffer)).size > 20);
+}))"""
+
 
 @pytest.fixture(scope="module")
 def browser():
@@ -79,7 +87,8 @@ def browser():
     if program is None:
         pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
     with playwright.sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        flags = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]  # WebGL
+        yield driver.chromium.launch(executable_path=program, args=flags)
 
 
 @pytest.fixture
@@ -128,7 +137,7 @@ def lab(tmp_path_factory):
     command += ["--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None"]
     command += ["--LabApp.extension_manager=readonly", f"--ServerApp.root_dir={folder}"]
     environment = os.environ | {
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
         "JUPYTER_CONFIG_DIR": str(folder / "config"),
         "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
@@ -222,6 +231,11 @@ def test_picture_and_number_follow_a_slider(browser, lab, screenshots, notebook,
     assert picture.screenshot() != pixels
     assert errors_mm(picture.get_attribute("alt")) != errors_mm(before["alt"])
     page.wait_for_function(IDLE)
+    if notebook == "explore.ipynb" and find_spec("ipyniivue"):
+        canvas = page.locator(".jp-Notebook canvas")
+        canvas.scroll_into_view_if_needed()
+        page.wait_for_function(LOADED, arg=canvas.element_handle())
+        canvas.screenshot(path=screenshots / "explore_viewer.png")
     assert page.locator(".jp-Notebook [data-mime-type*='stderr']").count() == 0
     assert not problems
     page.close()
