@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image
 
 REPOSITORY = Path(__file__).parents[1]
 REPORT = REPOSITORY / "docs" / "report"
@@ -68,13 +69,6 @@ DRAWN = """([box, before]) => {
   return image?.alt && image.complete && image.naturalWidth > 0 &&
     image.src !== before?.src && image.alt !== before?.alt;
 }"""
-
-# The 3D viewer has drawn: its canvas, read in the frame in which it draws, is not of one colour.
-LOADED = """(canvas) => new Promise((done) => requestAnimationFrame(() => {
-  const small = new OffscreenCanvas(32, 32).getContext('2d');
-  small.drawImage(canvas, 0, 0, 32, 32);
-  done(new Set(new Uint32Array(small.getImageData(0, 0, 32, 32).data.buffer)).size > 20);
-}))"""
 
 
 @pytest.fixture(scope="module")
@@ -234,11 +228,20 @@ def test_picture_and_number_follow_a_slider(browser, lab, screenshots, notebook,
     if notebook == "explore.ipynb" and find_spec("ipyniivue"):
         canvas = page.locator(".jp-Notebook canvas")
         canvas.scroll_into_view_if_needed()
-        page.wait_for_function(LOADED, arg=canvas.element_handle())
-        canvas.screenshot(path=screenshots / "explore_viewer.png")
+        wait_for_colours(canvas, screenshots / "explore_viewer.png")
     assert page.locator(".jp-Notebook [data-mime-type*='stderr']").count() == 0
     assert not problems
     page.close()
+
+
+def wait_for_colours(canvas, file):
+    """Until a screenshot shows an image: WebGL tells nobody when it has drawn."""
+    for _ in range(PATIENCE_MS // 1000):
+        canvas.screenshot(path=file)
+        if len(Image.open(file).convert("RGB").getcolors(2**24)) > 1000:
+            return
+        canvas.page.wait_for_timeout(1000)
+    raise AssertionError("the 3D viewer shows no image")
 
 
 def errors_mm(text):
