@@ -49,6 +49,7 @@ from .tables import (
 
 EXPLORE = "One knee, one patch, one arm"  # title of the page with the explorer's figures
 KEY_FIGURES = yaml.safe_load(Path(__file__).with_name("key_figures.yaml").read_text("utf-8"))
+README_FIGURES = ("04_agreement", "02_tre", "05_roc")  # of the key figures
 DPI = 100  # of the explorer's figures
 EXPLORED = {  # captions of the explorer's figures
     "knee": (
@@ -214,15 +215,13 @@ def _numbers(results: Path) -> dict:
 def _key_figures(run_path: Path) -> list[str]:
     """HTML of the key figures that the run has, with caption, n, legend and the CSV behind each."""
     results, report, shown = run_path / "results", run_path / "report", []
-    numbers = _numbers(results)
     kind = "simulated" if read_results(results, "cohort")["simulated"] else "own"
     for name, about in KEY_FIGURES.items():
         file = run_path / "figures" / f"{name}.png"
         if about["cohort"] not in (kind, "any") or not file.exists():
             continue
         size = write_figure(file.read_bytes(), report / f"figures/{name}.png")
-        texts = [about["title"], about["caption"], "n: " + about["n"], about["legend"]]
-        caption = " ".join(text.rstrip(".") + "." for text in texts).format(**numbers)
+        caption = _caption(name, results)
         table = copy_table(name, run_path, report)
         label = f"Figure {len(shown) + 1}."
         shown.append(figure_html(label, f"figures/{name}.png", size, caption, table))
@@ -298,12 +297,34 @@ def _warnings(results: Path) -> list[str]:
     return warnings
 
 
+def readme_figures(results: str | Path) -> str:
+    """A few key figures of the published report as Markdown, with the captions that it has.
+
+    Their files are those of docs/report, so that the README shows what was published last.
+    """
+    results, parts = Path(results), []
+    kind = "simulated" if read_results(results, "cohort")["simulated"] else "own"
+    for name in README_FIGURES:
+        if KEY_FIGURES[name]["cohort"] in (kind, "any"):
+            caption = _caption(name, results) + (" Simulated knees." if kind == "simulated" else "")
+            image = f"![{KEY_FIGURES[name]['caption']}](docs/report/figures/{name}.png)"
+            parts.append(f"{image}\n\n*{caption}*")
+    return "\n\n".join(parts)
+
+
+def _caption(name: str, results: Path) -> str:
+    """Title, caption, n and legend of a key figure."""
+    about = KEY_FIGURES[name]
+    texts = [about["title"], about["caption"], "n: " + about["n"], about["legend"]]
+    return " ".join(text.rstrip(".") + "." for text in texts).format(**_numbers(results))
+
+
 def update_readme(readme: str | Path, results: str | Path) -> None:
     """Renew what a README, and docs/results.md beside it, take from results files.
 
     A generated part stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; NAME is summary,
-    profiles, results, networks or tables. docs/results beside the README holds the results of the
-    benchmarks. The figure docs/figures/icc.svg beside the README is drawn again.
+    figures, profiles, results, networks or tables. docs/results beside the README holds the results
+    of the benchmarks. The figure docs/figures/icc.svg beside the README is drawn again.
     Raises InputError where the README has no generated part.
     """
     readme = Path(readme)
@@ -311,6 +332,7 @@ def update_readme(readme: str | Path, results: str | Path) -> None:
     tables = [f"## {title}\n\n{table}\n" for title, table in detailed_tables(results).items()]
     parts = {
         "summary": summary(results, evidence),
+        "figures": readme_figures(results),
         "profiles": profiles_table(),
         "results": f"{results_table(results)}\n\n{origin(results)}",
         "networks": published_networks(evidence),

@@ -222,7 +222,9 @@ def test_the_published_report_is_small_whole_and_shown_in_the_readme():
             assert target.startswith("https://") or (page.parent / target).is_file(), target
         assert not re.search(r"(?<![\w/.<])/(?:home|tmp|root|work|Users)/", text), page
     readme = (site.parents[1] / "README.md").read_text()
-    assert readme.count("](docs/report/figures/") == 3 and "](docs/report/index.html)" in readme
+    shown = re.findall(r"!\[.{40,}\]\((docs/report/figures/.*)\)", readme)
+    assert len(shown) == 3 and "](docs/report/index.html)" in readme
+    assert all((site.parents[1] / file).is_file() for file in shown)
 
 
 def test_a_run_without_notebooks_is_refused(tmp_path):
