@@ -16,7 +16,14 @@ import pytest
 from PIL import Image
 
 from ctsma.registration import apply_rigid
-from ctsma_lab.tutorials import check, sliders, t2_registration, t3_training, t4_agreement
+from ctsma_lab.tutorials import (
+    check,
+    sliders,
+    t2_registration,
+    t3_training,
+    t4_agreement,
+    t5_diagnosis,
+)
 from ctsma_lab.tutorials.exercises import MODULES, exercises
 from ctsma_lab.tutorials.students import student_version, write_student_versions
 from ctsma_lab.tutorials.teachers import answers_table
@@ -286,6 +293,32 @@ def test_a_panel_with_a_button_draws_when_it_is_pressed(monkeypatch):
     button.click()
     assert "theta = " in shown_picture(picture.value)[1]
     assert (button.description, button.disabled) == ("Draw", False)
+
+
+def test_the_trainings_of_a_session_are_collected(monkeypatch):
+    estimates = t3_training.run_estimates(list(t3_training.LABELS_HERE))
+    monkeypatch.setattr(t3_training, "estimates", lambda *settings: estimates)
+    monkeypatch.setattr(t3_training, "TRIED", {})
+    assert t3_training.tried().empty
+    for seed in (2.0, 3.0, 3.0):
+        plt.close(t3_training.draw_training("feature_l1", 0.1, 16, 0.3, seed))
+    table = t3_training.tried()
+    assert table["seed"].tolist() == [2, 3]
+    icc = t3_training.measures(estimates)["icc"]
+    assert table["ICC(A,1), with"][0] == round(icc[t3_training.TAUGHT], 2)
+    assert table["ICC(A,1), without"][0] == round(icc[t3_training.ALONE], 2)
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [((-0.04, 0.014), "do not show a"), ((0.01, 0.02), "show a"), ((-0.03, -0.01), "show a")],
+)
+def test_a_difference_is_shown_where_its_interval_leaves_0_out(monkeypatch, interval, words):
+    found = {"difference": np.mean(interval), "ci_low": interval[0], "ci_high": interval[1]}
+    monkeypatch.setattr(t5_diagnosis, "difference", lambda arm, other: found)
+    text = t5_diagnosis.difference_in_words("ct_sma", "ct_only")
+    assert f"these knees {words} difference" in text
+    assert ("a loss of 0.040 nor a gain of 0.014" in text) == (words == "do not show a")
 
 
 @pytest.mark.parametrize("arm", t3_training.LABELS_HERE)

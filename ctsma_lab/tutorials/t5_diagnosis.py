@@ -42,7 +42,7 @@ N_NOISE, N_SELECTED = 500, 10  # features of the pipelines C and D; design choic
 N_NEIGHBOURS, N_FOLDS = 5, 5  # of the patch classifier; design choice
 SENSITIVITY, SPECIFICITY, PREVALENCE = 0.8, 0.8, 0.1  # of exercise T5.2
 THRESHOLD, TRUE_POSITIVES, FALSE_POSITIVES = 0.2, 35, 20  # of exercise T5.3
-N_OA, N_OTHER = 41, 39  # too
+N_OA, N_OTHER = 41, 39  # of exercise T5.3
 AUC, HALF_WIDTH = 0.8, 0.05  # of exercise T5.5
 
 
