@@ -4,6 +4,7 @@ import difflib
 import json
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -62,8 +63,9 @@ def plan(
 
     Returns
     -------
-    list of dict; `state` is "done" or "run". Raises InputError for unknown names, wrong types, and
-    a folder that holds a run of another identity.
+    list of dict; `state` is "done", "run", or "copy" where the run in the folder `source` beside
+    this one finished the same stage: same code, parameters and input. Raises InputError for unknown
+    names, wrong types, and a folder that holds a run of another identity.
     """
     if profile not in profiles():
         remedy = f"choose one of {', '.join(profiles())}"
@@ -78,11 +80,42 @@ def plan(
         own = {name: given[name] for name in notebook_parameters(stage) if name in given}
         counted = {name: value for name, value in own.items() if name not in NOT_IN_KEY}
         key = cache.content_hash(key, _code(stage), counted)
-        finished = cache.read_record(_record_path(path, stage), key) is not None
-        if number >= first or not finished:
+        source = None
+        if number >= first or state == "run":
             state = "run"  # and with it every later stage
-        steps.append({"stage": stage, "key": key, "parameters": own, "state": state})
+        elif cache.read_record(_record_path(path, stage), key):
+            state = "done"
+        else:
+            source = _same_stage(path, stage, key)
+            state = "copy" if source else "run"
+        steps.append(
+            {"stage": stage, "key": key, "parameters": own, "state": state, "source": source}
+        )
     return steps
+
+
+def _same_stage(path: Path, stage: str, key: str) -> Path | None:
+    """Folder of another run beside this one that finished a stage under the same key."""
+    for record in sorted(Path(path).resolve().parent.glob(f"*/{stage}.json")):
+        if cache.read_record(record, key):
+            return record.parent
+    return None
+
+
+def _copy_stage(source: Path, path: Path, stage: str) -> None:
+    """Link the files of a finished stage into another run; copy them where links are refused.
+
+    No file of a run is changed in place, so both runs stay as they are. The record comes last.
+    """
+    record = _record_path(source, stage)
+    for name in [*json.loads(record.read_text(encoding="utf-8"))["files"], record.name]:
+        target = path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(source / name, target)
+        except OSError:
+            shutil.copy2(source / name, target)
 
 
 def run(
@@ -104,6 +137,10 @@ def run(
             stage = step["stage"]
             if step["state"] == "done":
                 report(f"{stage}: unchanged, skipped")
+                continue
+            if step["state"] == "copy":
+                _copy_stage(step["source"], path, stage)
+                report(f"{stage}: taken from {step['source'].name}, which ran it alike")
                 continue
             started = time.perf_counter()
             report(f"{stage}: running")

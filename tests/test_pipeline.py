@@ -109,6 +109,30 @@ def test_a_changed_parameter_runs_its_stage_and_all_after_it(small_study):
     assert calls(small_study) == "12122"
 
 
+def test_a_stage_that_another_run_finished_is_taken_from_it(small_study):
+    start(small_study, seed=1)
+    other, lines = small_study.with_name("other"), []
+    with pytest.raises(AssertionError, match="too small"):
+        start(other, lines, seed=1, fail=True)  # a parameter of the second stage alone
+    assert "01_first: taken from quick, which ran it alike" in lines
+    assert calls(small_study) == "12"
+    for name in ("01_first.json", "results/first.json", "notebooks/01_first.ipynb"):
+        assert (other / name).read_bytes() == (small_study / name).read_bytes()
+    assert [row["state"] for row in runner.status(other)] == ["done", "not run"]
+    start(other, seed=1)
+    assert calls(small_study) == "12"
+    (small_study / "results" / "first.json").unlink()  # what is linked stays in the other run
+    assert json.loads((other / "results" / "first.json").read_text()) == 2.0
+    third = small_study.with_name("third")
+    start(third, seed=1, begin="first")
+    assert calls(small_study) == "1212"
+    damaged = other / "results" / "first.json"
+    damaged.unlink()
+    damaged.write_text("5")
+    start(other.with_name("fourth"), seed=1)
+    assert json.loads((third.with_name("fourth") / "results" / "first.json").read_text()) == 2.0
+
+
 def test_changed_code_and_damaged_results_run_again(small_study):
     start(small_study)
     (small_study / "results" / "second.json").write_text("{}")

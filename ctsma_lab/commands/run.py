@@ -84,6 +84,8 @@ def _print_plan(steps: list[dict], profile: str) -> None:
     for step in steps:
         measured = step["stage"] in waiting and minutes[step["stage"]] is not None
         estimate = f"about {round(minutes[step['stage']], 1):g} min" if measured else ""
+        if step["state"] == "copy":
+            estimate = f"from {step['source']}"
         print(f"{step['stage']:28}{step['state']:6}{estimate}")
     time = "time not measured"
     if all(minutes[stage] is not None for stage in waiting):
