@@ -101,7 +101,9 @@ def test_every_link_leads_to_a_file_of_the_site(run):
     for page in index.parent.glob("*.html"):
         text = page.read_text()
         for target in re.findall(r"""(?:src|href)=["']([^"'#]+)""", text):
-            assert target.startswith("https://") or (page.parent / target).is_file(), target
+            assert target.startswith(("https://", "data:")) or (page.parent / target).is_file(), (
+                target
+            )
         for anchor in re.findall(r'href="#([^"]+)"', text):
             assert f'id="{anchor}"' in text
         assert 'rel="icon"' in text  # without one a browser asks for a file that is not there
@@ -219,7 +221,9 @@ def test_the_published_report_is_small_whole_and_shown_in_the_readme():
     for page in site.rglob("*.html"):
         text = page.read_text()
         for target in re.findall(r"""(?:src|href)=["']([^"'#]+)""", text):
-            assert target.startswith("https://") or (page.parent / target).is_file(), target
+            assert target.startswith(("https://", "data:")) or (page.parent / target).is_file(), (
+                target
+            )
         assert not re.search(r"(?<![\w/.<])/(?:home|tmp|root|work|Users)/", text), page
     readme = (site.parents[1] / "README.md").read_text()
     shown = re.findall(r"!\[.{40,}\]\((docs/report/figures/.*)\)", readme)

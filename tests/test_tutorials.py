@@ -258,7 +258,8 @@ def test_figures_follow_their_sliders_from_end_to_end(tutorial, monkeypatch):
 
 def shown_picture(value):
     """Image and alternative text of a panel's picture."""
-    source, text = re.fullmatch(r'<img src="data:image/png;base64,(.*?)" alt="(.*?)".*>', value)[1:]
+    pattern = r'<img src="data:image/png;base64,(.*?)" alt="(.*?)".*>'
+    source, text = re.fullmatch(pattern, value).groups()
     image = Image.open(io.BytesIO(base64.b64decode(source)))
     image.load()
     return image, text
