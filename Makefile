@@ -28,7 +28,7 @@ test-all: $(READY)
 
 # Pages and notebooks in Chromium, where it is installed; see CONTRIBUTING.md.
 test-browser: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .[browser]
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .[browser,view3d]
 	$(BIN)/python -m pytest -rs tests/browser_checks.py
 
 lab: $(READY)

@@ -1,8 +1,7 @@
 """Look at a study knee by knee and patch by patch: the shipped simulated data, or a finished run.
 
 Each `draw_` function returns a figure; the `explore_` functions add controls to it. Points are
-(x, y, z) in LPS mm, and transforms map CT points to MR points. There is no view in 3D: it would
-need one more package.
+(x, y, z) in LPS mm, and transforms map CT points to MR points.
 """
 
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import SimpleITK as sitk
+from ipywidgets import Widget
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy import ndarray
@@ -31,7 +31,7 @@ from ctsma.registration.transforms import sample_points
 from ctsma_predict.conformal import cross_conformal
 from kneesim.patch_truth import ground_truth_slice
 
-from . import figures
+from . import bones, figures
 from .run import Run
 from .tutorials.data import PATCH, read_knee, read_knees, read_patch_images, read_patches
 from .tutorials.make_data import knee_table, patch_table
@@ -182,9 +182,10 @@ def draw_knee(
     dark = np.where(outside, 0.0, grey)
     bright = np.where(outside, np.nanmax(dark), grey)  # black once inverted
     pixel_mm, edges = (PIXEL_MM, PIXEL_MM), {"orientation": figures.ORIENTATION[plane]}
-    figure, axes = plt.subplots(
-        1, 5, figsize=(18, 4.2), width_ratios=(1, 1, 1, 1, 0.8), layout="constrained"
-    )
+    figure = plt.figure(figsize=(11.5, 6.7), layout="constrained")
+    grid = figure.add_gridspec(2, 3, width_ratios=(1, 1, 0.8))
+    places = (0, 0), (0, 1), (1, 0), (1, 1), (slice(None), 2)
+    axes = [figure.add_subplot(grid[place]) for place in places]
     figures.image(axes[0], hu, pixel_mm, "CT (-200 to 1000 HU)", (-200, 1000), **edges)
     figures.image(axes[1], dark, pixel_mm, f"MR, {stage}, {bone}", **edges)
     figures.blend(axes[2], hu, -bright, pixel_mm, "CT orange, inverted MR blue", **edges)
@@ -198,6 +199,12 @@ def draw_knee(
     _draw_tre(axes[4], images, stage)
     figure.suptitle(f"{study.name}: {knee_id}, {plane} plane; MR by the transform of the {bone}")
     return figure
+
+
+def draw_bones(study: Study, knee_id: str, turn_deg: float, tilt_deg: float) -> Figure:
+    """The bones of a knee as the study found them in the CT, as of `bones.draw_bones`."""
+    title = f"{study.name}: {knee_id}, turn {turn_deg:g}, tilt {tilt_deg:g} degrees"
+    return bones.draw_bones(study.knee(knee_id).labels, turn_deg, tilt_deg, title)
 
 
 def plane_points(ct: sitk.Image, plane: str, place: float) -> ndarray:
@@ -241,7 +248,7 @@ def draw_patch(study: Study, knee_id: str, number: int) -> Figure:
     images = study.patch_images(knee_id)
     at = min(int(number), len(images.patch_id)) - 1
     patch = study.patches.set_index(PATCH, drop=False).loc[(knee_id, images.patch_id[at])]
-    figure = plt.figure(figsize=(14, 7.2), layout="constrained")
+    figure = plt.figure(figsize=(12, 7), layout="constrained")
     grid = figure.add_gridspec(2, 12, height_ratios=(1, 0.9))
     middle, edges = images.ct.shape[1] // 2, {"orientation": figures.ORIENTATION["sagittal"]}
     mr_mm, mr = MR_SPACING_MM[1:], images.mr[at][middle].astype(float)
@@ -325,7 +332,7 @@ def draw_agreement(study: Study, arm: str, biomarker: str, **filters: str) -> Fi
     compartments. It is fitted to all knees, out-of-fold, and shown for the knees that pass.
     """
     patches, knees = selected(study, **filters)
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained")
     chosen = ", ".join(f"{value}" for value in filters.values() if value != "all") or "all"
     n_knees = patches["knee_id"].nunique()
     figure.suptitle(
@@ -436,6 +443,23 @@ def explore_knee(study: Study) -> None:
         bone=choice("transform of the", list(BONES), "tibia"),
         stage=steps("registration stage", stages, stages[-1]),
     )
+
+
+def explore_bones(study: Study) -> None:
+    """`draw_bones` with controls."""
+    first = study.with_images[0]
+    explore(
+        partial(draw_bones, study),
+        knee_id=choice("knee", study.with_images, first),
+        turn_deg=slider("turn to the patient's left (degrees)", -180, 180, 15, 30),
+        tilt_deg=slider("tilt, from above (degrees)", -90, 90, 15, 15),
+    )
+
+
+def viewer(study: Study, knee_id: str = "") -> Widget:
+    """CT and bones of a knee (default: the first) in the 3D viewer, as of `bones.viewer`."""
+    images = study.knee(knee_id or study.with_images[0])
+    return bones.viewer(images.ct, images.labels)
 
 
 def explore_patch(study: Study) -> None:

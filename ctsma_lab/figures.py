@@ -54,6 +54,8 @@ def image(
     ax.imshow(array, cmap, vmin=low, vmax=high, **pixels)
     ax.set(title=title, xlabel="mm", ylabel="mm")
     for text, (x, y) in zip(orientation or (), _EDGES, strict=False):
+        if not text:
+            continue
         style = {"color": "white", "backgroundcolor": "#00000080", "fontsize": 8}
         ax.text(x, y, text, transform=ax.transAxes, ha="center", va="center", **style)
     return ax

@@ -143,10 +143,13 @@ def figure_html(
 
 def tidy(body: str, pages: Mapping[str, str]) -> str:
     """Keep what a reader elsewhere can use: a dead link becomes its text, a path its last name."""
+    places = set(re.findall(r'id="([^"]*)"', body))
 
     def link(match: re.Match) -> str:
         target, text = match[1], match[2]
-        if target.startswith(("#", "figures/", "https://", "http://")):
+        if target.startswith("#"):
+            return match[0] if target[1:] in places else text
+        if target.startswith(("figures/", "https://", "http://")):
             return match[0]
         file, mark, anchor = target.partition("#")
         page = Path(file).stem

@@ -43,12 +43,14 @@ from .tables import (
     profiles_table,
     published_networks,
     read_results,
+    renew,
     results_table,
     summary,
 )
 
 EXPLORE = "One knee, one patch, one arm"  # title of the page with the explorer's figures
 KEY_FIGURES = yaml.safe_load(Path(__file__).with_name("key_figures.yaml").read_text("utf-8"))
+README_FIGURES = ("04_agreement", "02_tre", "05_roc")  # of the key figures
 DPI = 100  # of the explorer's figures
 EXPLORED = {  # captions of the explorer's figures
     "knee": (
@@ -214,15 +216,13 @@ def _numbers(results: Path) -> dict:
 def _key_figures(run_path: Path) -> list[str]:
     """HTML of the key figures that the run has, with caption, n, legend and the CSV behind each."""
     results, report, shown = run_path / "results", run_path / "report", []
-    numbers = _numbers(results)
     kind = "simulated" if read_results(results, "cohort")["simulated"] else "own"
     for name, about in KEY_FIGURES.items():
         file = run_path / "figures" / f"{name}.png"
         if about["cohort"] not in (kind, "any") or not file.exists():
             continue
         size = write_figure(file.read_bytes(), report / f"figures/{name}.png")
-        texts = [about["title"], about["caption"], "n: " + about["n"], about["legend"]]
-        caption = " ".join(text.rstrip(".") + "." for text in texts).format(**numbers)
+        caption = _caption(name, results)
         table = copy_table(name, run_path, report)
         label = f"Figure {len(shown) + 1}."
         shown.append(figure_html(label, f"figures/{name}.png", size, caption, table))
@@ -298,12 +298,34 @@ def _warnings(results: Path) -> list[str]:
     return warnings
 
 
+def readme_figures(results: str | Path) -> str:
+    """A few key figures of the published report as Markdown, with the captions that it has.
+
+    Their files are those of docs/report, so that the README shows what was published last.
+    """
+    results, parts = Path(results), []
+    kind = "simulated" if read_results(results, "cohort")["simulated"] else "own"
+    for name in README_FIGURES:
+        if KEY_FIGURES[name]["cohort"] in (kind, "any"):
+            caption = _caption(name, results) + (" Simulated knees." if kind == "simulated" else "")
+            image = f"![{KEY_FIGURES[name]['caption']}](docs/report/figures/{name}.png)"
+            parts.append(f"{image}\n\n*{caption}*")
+    return "\n\n".join(parts)
+
+
+def _caption(name: str, results: Path) -> str:
+    """Title, caption, n and legend of a key figure."""
+    about = KEY_FIGURES[name]
+    texts = [about["title"], about["caption"], "n: " + about["n"], about["legend"]]
+    return " ".join(text.rstrip(".") + "." for text in texts).format(**_numbers(results))
+
+
 def update_readme(readme: str | Path, results: str | Path) -> None:
     """Renew what a README, docs/results.md and docs/cluster.md take from results files.
 
     A generated part stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; NAME is summary,
-    profiles, results, networks, cost or tables. docs/results beside the README holds the results of
-    the benchmarks. The figure docs/figures/icc.svg beside the README is drawn again.
+    figures, profiles, results, networks, cost or tables. docs/results beside the README holds the
+    results of the benchmarks. The figure docs/figures/icc.svg beside the README is drawn again.
     Raises InputError where the README has no generated part.
     """
     readme = Path(readme)
@@ -311,31 +333,19 @@ def update_readme(readme: str | Path, results: str | Path) -> None:
     tables = [f"## {title}\n\n{table}\n" for title, table in detailed_tables(results).items()]
     parts = {
         "summary": summary(results, evidence),
+        "figures": readme_figures(results),
         "profiles": profiles_table(),
         "results": f"{results_table(results)}\n\n{origin(results)}",
         "networks": published_networks(evidence),
         "cost": cost_table(evidence),
         "tables": "\n".join([*tables, origin(results)]),
     }
-    if not _renew(readme, parts):
+    if not renew(readme, parts):
         marks = "<!-- results:begin --> and <!-- results:end -->"
         raise InputError(readme, "has no generated part", f"add the lines {marks}")
     for name in ("results.md", "cluster.md"):
         details = readme.parent / "docs" / name
         if details.exists():
-            _renew(details, parts)
+            renew(details, parts)
     with atomic(readme.parent / "docs" / "figures" / "icc.svg") as temporary:
         draw_icc(results, temporary)
-
-
-def _renew(file: Path, parts: Mapping[str, str]) -> int:
-    """Replace the generated parts of a file; returns how many it has."""
-    text, count = file.read_text(encoding="utf-8"), 0
-    for name, content in parts.items():
-        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-        if begin in text and end in text:
-            head, _, rest = text.partition(begin)
-            text = head + begin + content + "\n" + end + rest.partition(end)[2]
-            count += 1
-    write_text(file, text)
-    return count

@@ -10,6 +10,7 @@ import pandas as pd
 
 from ctsma.arms import ARMS, COMPARISONS
 from ctsma.common import InputError
+from ctsma.files import write_text
 from ctsma_lab.profiles import profiles
 
 STAGES = ("cohort", "registration", "distillation", "agreement", "diagnosis")
@@ -479,3 +480,19 @@ def draw_icc(results: str | Path, file: str | Path) -> None:
         )
         figure.savefig(file, metadata={"Date": None})
         plt.close(figure)
+
+
+def renew(file: Path, parts: Mapping[str, str]) -> int:
+    """Replace the generated parts of a file, which stand between marks; returns how many it has.
+
+    A part stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; `parts` is {NAME: text}.
+    """
+    text, count = file.read_text(encoding="utf-8"), 0
+    for name, content in parts.items():
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        if begin in text and end in text:
+            head, _, rest = text.partition(begin)
+            text = head + begin + content + "\n" + end + rest.partition(end)[2]
+            count += 1
+    write_text(file, text)
+    return count

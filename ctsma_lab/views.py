@@ -1,4 +1,4 @@
-"""What notebooks alone need: image checks, slices, Table 1, curves, numbers for results files."""
+"""What notebooks alone need: slices, Table 1, curves, numbers for results files."""
 
 import json
 from collections.abc import Sequence
@@ -10,13 +10,9 @@ import SimpleITK as sitk
 from statsmodels.stats.proportion import proportion_confint
 
 from ctsma.agreement import icc
-from ctsma.cohort import image_path, read_knee_volume
-from ctsma.cohort.images import format_extent
-from ctsma.common import BIOMARKERS, IMAGES, InputError
+from ctsma.common import BIOMARKERS, InputError
 from ctsma.diagnosis.inputs import knee_table
 from ctsma.diagnosis.statistics import checked_labels
-from ctsma.parallel import run_tasks
-from dicom_import.checks import check_sha256
 
 PATCH = ["knee_id", "patch_id"]  # what names a patch
 
@@ -66,35 +62,6 @@ def _mean_sd(values: pd.Series) -> str:
     if values.name.endswith("_pct"):
         return f"{values.mean():.1f}"
     return f"{values.mean():.1f} ({values.std():.1f})"
-
-
-def check_images(manifest: pd.DataFrame, n_jobs: int = 1) -> pd.DataFrame:
-    """Read every image of a manifest and go on after a problem.
-
-    Returns
-    -------
-    DataFrame, one row per image: knee_id, column, problem ("" when good), size, spacing_mm.
-    """
-    root = manifest.attrs["root"]
-    images = []
-    for knee in manifest.to_dict("records"):
-        images += [(knee, column) for column in IMAGES if image_path(knee, column, root)]
-    tasks = [(knee, column, root) for knee, column in images]
-    rows = run_tasks(_check_image, tasks, n_jobs)
-    return pd.DataFrame(rows, columns=["knee_id", "column", "problem", "size", "spacing_mm"])
-
-
-def _check_image(knee: dict, column: str, root: str) -> dict:
-    row = {"knee_id": knee["knee_id"], "column": column} | dict.fromkeys(
-        ("problem", "size", "spacing_mm"), ""
-    )
-    try:
-        check_sha256(knee, column, root)
-        image = read_knee_volume(knee, column, root)
-    except InputError as error:
-        return row | {"problem": str(error)}
-    spacing_mm = format_extent(image.GetSpacing())
-    return row | {"size": format_extent(image.GetSize()), "spacing_mm": spacing_mm}
 
 
 def calibration_curve(labels: Sequence, probabilities: Sequence, n_bins: int = 5) -> pd.DataFrame:

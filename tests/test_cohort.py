@@ -15,6 +15,7 @@ from ctsma import cohort
 from ctsma.common import InputError
 from ctsma.files import sha256_file
 from ctsma_lab import views
+from dicom_import.checks import check_knees
 
 
 def ct_array(shape=(12, 10, 9)):
@@ -494,7 +495,7 @@ def test_one_subject_may_have_two_knees(tmp_path):
     assert len(cohort.read_manifest(both)) == 2
 
 
-def test_check_images_names_every_bad_image_and_goes_on(tmp_path):
+def test_the_check_of_images_names_every_bad_one_and_goes_on(tmp_path):
     good = cohort.write_volume(volume(ct_array()), tmp_path / "good.nii.gz")
     cohort.write_volume(volume(ct_array() + 1024), tmp_path / "raw.nii.gz")
     rows = [
@@ -503,12 +504,17 @@ def test_check_images_names_every_bad_image_and_goes_on(tmp_path):
         row("K3", "S3", ct="absent.nii.gz"),
         row("K4", "S4", ct="good.nii.gz", ct_sha256="0" * 64),
     ]
-    table = views.check_images(cohort.read_manifest(manifest(tmp_path, *rows)))
-    assert list(table.loc[0, ["problem", "size"]]) == ["", "9 x 10 x 12"]
-    for problem, words in zip(
-        table["problem"][1:], ("HU", "does not exist", "differs from ct_sha256"), strict=True
-    ):
-        assert words in problem
+    table = check_knees(cohort.read_manifest(manifest(tmp_path, *rows)), deep=False)
+    sizes = table[table["check"] == "size"].set_index("knee_id")["finding"]
+    assert sizes["K1"].startswith("9 x 10 x 12 at ")
+    fatal = table[table["level"] == "fatal"].set_index("knee_id")["finding"]
+    for knee_id, words in {
+        "K2": "HU",
+        "K3": "does not exist",
+        "K4": "differs from ct_sha256",
+    }.items():
+        assert words in fatal[knee_id]
+    assert "K1" not in fatal
 
 
 def test_table_one_gives_means_shares_and_standardised_differences():

@@ -12,7 +12,7 @@ import pytest
 import SimpleITK as sitk
 
 from ctsma.agreement import icc
-from ctsma_lab import explore
+from ctsma_lab import bones, explore
 from ctsma_lab.tutorials.data import read_patches
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "tutorials" / "explore.ipynb"
@@ -118,6 +118,61 @@ def test_a_patch_number_beyond_the_last_shows_the_last(study):
     figure = explore.draw_patch(study, study.with_patches[0], 99)
     assert "patch 4 of 4" in figure.get_suptitle()
     plt.close(figure)
+
+
+def ball(label=1, radius_mm=15.0, spacing_mm=1.0):
+    """Labels of a ball in the middle of a cube of 60 mm."""
+    at = (np.indices((60, 60, 60)) - 29.5) * spacing_mm
+    inside = np.linalg.norm(at, axis=0) < radius_mm
+    image = sitk.GetImageFromArray((label * inside).astype(np.uint8))
+    image.SetSpacing([spacing_mm] * 3)
+    return image
+
+
+@pytest.mark.parametrize(("turn_deg", "tilt_deg"), [(0, 0), (75, -30)])
+def test_the_surface_of_a_ball_has_its_depth_and_its_light_from_any_side(turn_deg, tilt_deg):
+    labels, radius_mm = ball(), 15.0
+    grid, turn = bones.view(labels, turn_deg, tilt_deg)
+    depth, light = bones.surface(labels == 1, grid, turn)
+    mm = grid.GetSpacing()[0]
+    rows, columns = (np.indices(depth.shape) - (bones.N_PIXELS - 1) / 2) * mm
+    beside = np.hypot(rows, columns)
+    assert np.isnan(depth[beside > radius_mm + 1]).all()
+    core = beside < 0.8 * radius_mm
+    expected = (bones.N_PIXELS - 1) / 2 * mm - np.sqrt(radius_mm**2 - beside[core] ** 2)
+    assert depth[core] == pytest.approx(expected, abs=0.8)  # mm; voxels of 1 mm
+    normal = np.stack([columns, -np.sqrt(np.maximum(radius_mm**2 - beside**2, 0)), -rows])
+    towards = np.einsum("i,i...->...", np.array(bones.LIGHT), normal)[core]
+    assert np.corrcoef(light[core], np.clip(towards, 0, None))[0, 1] > 0.9
+
+
+def test_the_edges_of_a_view_are_named():
+    for (turn_deg, tilt_deg), names in {
+        (0, 0): ["R", "L", "S", "I"],
+        (90, 0): ["A", "P", "S", "I"],  # from the patient's left
+        (180, 0): ["L", "R", "S", "I"],
+        (0, 90): ["R", "L", "P", "A"],  # from above
+        (45, 0): ["", "", "S", "I"],
+    }.items():
+        assert bones.edges(bones.view(ball(), turn_deg, tilt_deg)[1]) == names
+
+
+def test_the_bone_in_front_is_seen():
+    labels = sitk.GetArrayFromImage(ball())
+    labels[:, 30:][labels[:, 30:] > 0] = 2  # the back half (y) is tibia
+    image = sitk.GetImageFromArray(labels)
+    blue_share = {}
+    for turn_deg in (0, 180):
+        figure = bones.draw_bones(image, turn_deg, 0, "a ball of two halves")
+        picture = figure.axes[0].images[0].get_array()
+        blue_share[turn_deg] = np.mean(picture[..., 2] > picture[..., 0])
+        plt.close(figure)
+    assert blue_share[180] < 0.1 < 0.6 < blue_share[0]
+
+
+def test_without_the_viewer_the_notebook_says_what_it_needs(study, monkeypatch):
+    monkeypatch.setattr(bones, "find_spec", lambda name: None)
+    assert "pip install -e .[view3d]" in explore.viewer(study).value
 
 
 def test_the_notebook_runs_on_the_shipped_data():

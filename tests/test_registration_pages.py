@@ -67,7 +67,7 @@ def test_a_page_of_a_knee_is_small_and_needs_no_script(pages):
     assert "<script" not in text and not re.search(r"https?:", text)
     assert ":hover .over" in text and 'name="viewport"' in text and "simulated" in text
     for target in re.findall(r'(?:src|href)="([^"]+)"', text):
-        assert (pages / target).is_file(), target
+        assert target == "data:," or (pages / target).is_file(), target
     images = sum(file.stat().st_size for file in (pages / "images").iterdir())
     assert images + len(text) < 60_000
     group = index.read_text()

@@ -101,9 +101,12 @@ def test_every_link_leads_to_a_file_of_the_site(run):
     for page in index.parent.glob("*.html"):
         text = page.read_text()
         for target in re.findall(r"""(?:src|href)=["']([^"'#]+)""", text):
-            assert target.startswith("https://") or (page.parent / target).is_file(), target
+            assert target.startswith(("https://", "data:")) or (page.parent / target).is_file(), (
+                target
+            )
         for anchor in re.findall(r'href="#([^"]+)"', text):
             assert f'id="{anchor}"' in text
+        assert 'rel="icon"' in text  # without one a browser asks for a file that is not there
         assert "<script" not in text and "notes.md" not in text
     assert 'href="https://a.org/b/c/d"' in text and '"01_first.html#Result">first</a>' in text
 
@@ -122,6 +125,11 @@ def test_no_path_of_this_machine_stays():
     body = "a /data/me/a.csv, C:\\Users\\me\\b.csv, 1/mm, and/or/not, https://a.org/b/c, </p>"
     kept = "a a.csv, b.csv, 1/mm, and/or/not, https://a.org/b/c, </p>"
     assert pages.tidy(body, {}) == kept
+
+
+def test_a_link_to_no_place_of_the_page_becomes_its_text():
+    body = '<h2 id="Result">Result</h2><a href="#Result">1</a> <a href="#Parameters">2</a>'
+    assert pages.tidy(body, {}).endswith('</h2><a href="#Result">1</a> 2')
 
 
 def test_the_overview_reads_like_a_summary(run):
@@ -213,10 +221,14 @@ def test_the_published_report_is_small_whole_and_shown_in_the_readme():
     for page in site.rglob("*.html"):
         text = page.read_text()
         for target in re.findall(r"""(?:src|href)=["']([^"'#]+)""", text):
-            assert target.startswith("https://") or (page.parent / target).is_file(), target
+            assert target.startswith(("https://", "data:")) or (page.parent / target).is_file(), (
+                target
+            )
         assert not re.search(r"(?<![\w/.<])/(?:home|tmp|root|work|Users)/", text), page
     readme = (site.parents[1] / "README.md").read_text()
-    assert readme.count("](docs/report/figures/") == 3 and "](docs/report/index.html)" in readme
+    shown = re.findall(r"!\[.{40,}\]\((docs/report/figures/.*)\)", readme)
+    assert len(shown) == 3 and "](docs/report/index.html)" in readme
+    assert all((site.parents[1] / file).is_file() for file in shown)
 
 
 def test_a_run_without_notebooks_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Tutorials: both versions agree, every solution is right, every wrong answer gets a hint."""
 
 import ast
+import base64
 import io
 import re
 from importlib import import_module
@@ -12,10 +13,20 @@ import nbformat
 import numpy as np
 import papermill
 import pytest
+from PIL import Image
 
-from ctsma_lab.tutorials import check, sliders, t3_training, t4_agreement
+from ctsma.registration import apply_rigid
+from ctsma_lab.tutorials import (
+    check,
+    sliders,
+    t2_registration,
+    t3_training,
+    t4_agreement,
+    t5_diagnosis,
+)
 from ctsma_lab.tutorials.exercises import MODULES, exercises
 from ctsma_lab.tutorials.students import student_version, write_student_versions
+from ctsma_lab.tutorials.teachers import answers_table
 
 REPOSITORY = Path(__file__).parents[1]
 TUTORIALS = REPOSITORY / "notebooks" / "tutorials"
@@ -23,6 +34,19 @@ DATA = REPOSITORY / "notebooks" / "data"
 SOURCES = sorted((TUTORIALS / "solutions").glob("T*.ipynb"))
 EVERY_SOURCE = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 MAX_DATA_BYTES = 8_000_000
+
+
+def true_pose():
+    return t2_registration.pose_of("femur", t2_registration.knee().true["femur"])
+
+
+def share_common():
+    return t3_training.share_common(t3_training.errors())
+
+
+def improved():
+    return t3_training.improved(t3_training.ARM, "hu_regression_calibrated")
+
 
 # At least one wrong answer to each exercise; the first ones are common mistakes.
 WRONG = {
@@ -36,11 +60,11 @@ WRONG = {
     ],
     "T1.5": ["values", "both", "neither", "yes"],
     "T2.1": [80.0, 0.0, 2.8],
-    "T2.2": [[0, 0, 0, 0, 0, 0], [10, 0, 0, 10, 0, 0], [-5, 0, 4, 2, -2, 0], [0, 0, 0], 1.0],
-    "T2.3": [1.1, 4.2, 0.0],
-    "T2.4": [8.58, 3.32, 0.02],
+    "T2.2": lambda: [[0] * 6, [10, 0, 0, 10, 0, 0], true_pose() / 2, [0, 0, 0], 1.0],
+    "T2.3": lambda: [2 * t2_registration.half_width_mm(), t2_registration.mi_half_width_mm(), 0.0],
+    "T2.4": lambda: [t2_registration.femur_on_tibia_mm(), t2_registration.whole_knee_mm(), 0.0],
     "T2.5": [{"A"}, {"B", "D"}, {"A", "B", "C"}, set(), {"E"}],
-    "T3.1": [0.198, 0.895, 0.5],
+    "T3.1": lambda: [1 - share_common(), share_common() ** 0.5, share_common() + 0.1],
     "T3.2": [
         lambda error, knees, rho: np.mean(error**2),
         lambda error, knees, rho: np.mean((error - rho * np.mean(error)) ** 2),
@@ -48,8 +72,8 @@ WRONG = {
         lambda error, knees, rho: np.nan,
     ],
     "T3.3": [{"A"}, {"A", "B", "D"}, {"C"}, set(), {"E"}],
-    "T3.4": [-0.076, -0.042, -0.029, 0.0],
-    "T3.5": ["r_within", "r_between", "relative_error", "all", "r"],
+    "T3.4": lambda: [*map(t3_training.change_of, ("r_between", "icc")), 0.5],
+    "T3.5": lambda: [{"r"}, set(t3_training.MEASURES) - improved(), improved() ^ {"icc"}],
     "T4.1": [1.0, 0.5, 0.8],
     "T4.2": [
         lambda x, y: np.corrcoef(x, y)[0, 1],
@@ -57,7 +81,7 @@ WRONG = {
         lambda x, y: 2 * np.cov(x, y)[0, 1] / (np.var(x) + np.var(y) + np.mean(x - y) ** 2),
         lambda x, y: np.nan,
     ],
-    "T4.3": [1.37, 0.137, 3.92],
+    "T4.3": lambda: [t4_agreement.limits_width_in_sd() / 2, 0.137, 3.92],
     "T4.4": [
         t4_agreement.patches("ct_sma", "tb_n_per_mm")["estimate"],
         t4_agreement.patches("ct_sma", "tb_n_per_mm")["reference"],
@@ -142,6 +166,16 @@ def test_links_of_the_folders_pages_resolve(folder):
 def test_teachers_find_every_exercise():
     text = (REPOSITORY / "docs" / "teaching.md").read_text()
     assert not [number for number in WRONG if f"| {number} |" not in text]
+    generated = text.partition("<!-- answers:begin -->\n")[2].partition("<!-- answers:end -->")[0]
+    assert generated.rstrip() == answers_table(), "run python -m ctsma_lab.tutorials"
+
+
+def test_the_true_pose_of_the_knee_is_within_the_sliders():
+    assert np.abs(true_pose()).max() < t2_registration.LARGEST
+    true = t2_registration.knee().true["femur"]
+    back = t2_registration.pose("femur", true_pose()[:3], true_pose()[3:])
+    points = t2_registration.knee().targets["femur"]
+    assert apply_rigid(back, points) == pytest.approx(apply_rigid(true, points), abs=1e-6)
 
 
 @EVERY_SOURCE
@@ -222,6 +256,15 @@ def test_figures_follow_their_sliders_from_end_to_end(tutorial, monkeypatch):
             plt.close(figure)
 
 
+def shown_picture(value):
+    """Image and alternative text of a panel's picture."""
+    pattern = r'<img src="data:image/png;base64,(.*?)" alt="(.*?)".*>'
+    source, text = re.fullmatch(pattern, value).groups()
+    image = Image.open(io.BytesIO(base64.b64decode(source)))
+    image.load()
+    return image, text
+
+
 def test_a_panel_draws_again_when_a_slider_moves(monkeypatch):
     shown = []
     monkeypatch.setattr(sliders, "display", shown.append)
@@ -232,11 +275,11 @@ def test_a_panel_draws_again_when_a_slider_moves(monkeypatch):
         noise=sliders.slider("noise", 0, 2, 0.1, 0.3),
     )
     *controls, picture = shown[0].children
-    before = bytes(picture.value)
+    before = shown_picture(picture.value)
     controls[0].value = 1.0
-    after = bytes(picture.value)
-    assert before[:4] == after[:4] == b"\x89PNG"
-    assert after != before
+    after = shown_picture(picture.value)
+    assert after[0] != before[0]
+    assert "ICC 0.96" in before[1] and "ICC 0.65" in after[1]
     assert not plt.get_fignums()
 
 
@@ -249,8 +292,34 @@ def test_a_panel_with_a_button_draws_when_it_is_pressed(monkeypatch):
     *_, button, picture = shown[0].children
     assert not picture.value
     button.click()
-    assert bytes(picture.value)[:4] == b"\x89PNG"
+    assert "theta = " in shown_picture(picture.value)[1]
     assert (button.description, button.disabled) == ("Draw", False)
+
+
+def test_the_trainings_of_a_session_are_collected(monkeypatch):
+    estimates = t3_training.run_estimates(list(t3_training.LABELS_HERE))
+    monkeypatch.setattr(t3_training, "estimates", lambda *settings: estimates)
+    monkeypatch.setattr(t3_training, "TRIED", {})
+    assert t3_training.tried().empty
+    for seed in (2.0, 3.0, 3.0):
+        plt.close(t3_training.draw_training("feature_l1", 0.1, 16, 0.3, seed))
+    table = t3_training.tried()
+    assert table["seed"].tolist() == [2, 3]
+    icc = t3_training.measures(estimates)["icc"]
+    assert table["ICC(A,1), with"][0] == round(icc[t3_training.TAUGHT], 2)
+    assert table["ICC(A,1), without"][0] == round(icc[t3_training.ALONE], 2)
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [((-0.04, 0.014), "do not show a"), ((0.01, 0.02), "show a"), ((-0.03, -0.01), "show a")],
+)
+def test_a_difference_is_shown_where_its_interval_leaves_0_out(monkeypatch, interval, words):
+    found = {"difference": np.mean(interval), "ci_low": interval[0], "ci_high": interval[1]}
+    monkeypatch.setattr(t5_diagnosis, "difference", lambda arm, other: found)
+    text = t5_diagnosis.difference_in_words("ct_sma", "ct_only")
+    assert f"these knees {words} difference" in text
+    assert ("a loss of 0.040 nor a gain of 0.014" in text) == (words == "do not show a")
 
 
 @pytest.mark.parametrize("arm", t3_training.LABELS_HERE)
@@ -267,7 +336,8 @@ def test_small_networks_never_see_the_knees_they_are_tested_on(arm):
 @pytest.mark.parametrize("tutorial", MODULES)
 def test_wrong_answers_get_a_hint(tutorial):
     for number, exercise in exercises(tutorial).items():
-        for answer in (..., *WRONG[number]):
+        wrong = WRONG[number]() if callable(WRONG[number]) else WRONG[number]
+        for answer in (..., *wrong):
             verdict = check(number, answer)
             assert not verdict.right, (number, answer)
             assert verdict.text not in ("", exercise.comment)

@@ -16,6 +16,7 @@ import SimpleITK as sitk
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy import ndarray
+from scipy.spatial.transform import Rotation
 
 from ctsma.common import BONES
 from ctsma.registration import apply_rigid, rigid_transform
@@ -46,6 +47,7 @@ FINE_MM = 0.5  # voxel of the high-pass filtered images
 PIXEL_MM, PLANE_MM = 0.5, (52.0, 56.0)  # of the planes: height, width; design choice
 ANGLE_DEG, ARM_MM = 2.0, 40.0  # of exercise T2.1
 GOOD_MM = 2.0  # TRE that the hand should reach in T2.2
+LARGEST, STEP = 20.0, 0.5  # of the six sliders, degrees and mm
 FAR_MM = 1.0  # TRE above which a pose of T2.5 is wrong
 
 
@@ -107,6 +109,15 @@ def pose(bone: str, rotation_deg: Sequence, shift_mm: Sequence) -> Rigid:
     turn = np.reshape(rotation_matrix(rotation_deg), (3, 3))
     matrix = turn @ np.reshape(start.GetMatrix(), (3, 3))
     return rigid_transform(matrix, middle, np.add(start.GetTranslation(), shift_mm))
+
+
+def pose_of(bone: str, transform: Rigid) -> ndarray:
+    """The six numbers (degrees, then mm) whose `pose` is a transform of the bone."""
+    middle = knee().targets[bone].mean(axis=0)
+    start, wanted = (recentred(t, middle) for t in (knee().stages["centre"][bone], transform))
+    matrices = [np.reshape(t.GetMatrix(), (3, 3)) for t in (wanted, start)]
+    turn = Rotation.from_matrix(matrices[0] @ matrices[1].T).as_rotvec(degrees=True)
+    return np.r_[turn, np.subtract(wanted.GetTranslation(), start.GetTranslation())]
 
 
 def mutual_information(bone: str, transform: Rigid) -> float:
@@ -283,9 +294,10 @@ def draw_displaced(table: pd.DataFrame) -> Figure:
 def explore_by_hand() -> None:
     """`draw_by_hand` with six sliders."""
     names = {"rx": "turn about x, flexion", "ry": "turn about y", "rz": "turn about z"}
-    controls = {n: slider(f"{text} (degrees)", -15, 15, 0.5, 0) for n, text in names.items()}
+    ends = -LARGEST, LARGEST, STEP
+    controls = {n: slider(f"{text} (degrees)", *ends, 0) for n, text in names.items()}
     names = {"tx": "shift to the left, x", "ty": "shift to the back, y", "tz": "shift up, z"}
-    controls |= {n: slider(f"{text} (mm)", -15, 15, 0.5, 0) for n, text in names.items()}
+    controls |= {n: slider(f"{text} (mm)", *ends, 0) for n, text in names.items()}
     explore(draw_by_hand, **controls)
 
 
@@ -315,7 +327,8 @@ the shifts y and z, then the other plane. Mutual information tells whether a ste
 
 
 @cache
-def _half_width_mm() -> float:
+def half_width_mm() -> float:
+    """Shift of the tibia along y at which the trabecular correlation has halved."""
     shifts = np.arange(0, 3.01, 0.05)
     table = displaced("tibia", 1, shifts)
     values = table["trabecular correlation"]
@@ -323,14 +336,15 @@ def _half_width_mm() -> float:
 
 
 @cache
-def _mi_half_width_mm() -> float:
+def mi_half_width_mm() -> float:
+    """The same for the mutual information."""
     shifts = np.arange(0, 15.01, 0.1)
     values = displaced("tibia", 1, shifts)["mutual information"]
     return float(shifts[(values < values[0] / 2).idxmax()])
 
 
 @cache
-def _best_single_mm() -> float:
+def best_single_mm() -> float:
     """TRE of the best rigid transform of both bones, mean over all targets."""
     true, targets = knee().true, knee().targets
     points = np.vstack([targets[bone] for bone in BONES])
@@ -340,7 +354,8 @@ def _best_single_mm() -> float:
 
 
 @cache
-def _femur_on_tibia_mm() -> float:
+def femur_on_tibia_mm() -> float:
+    """TRE of the tibia under the true transform of the femur."""
     return tre_mm("tibia", knee().true["femur"])
 
 
@@ -381,14 +396,14 @@ EXERCISES = {
     ),
     "T2.3": Exercise(
         number_near(
-            _half_width_mm,
+            half_width_mm,
             0.12,
             "Read where the curve of the trabecular correlation crosses one half, on one side.",
             {
                 "This is the width from side to side. The half width is asked.": lambda: (
-                    2 * _half_width_mm()
+                    2 * half_width_mm()
                 ),
-                "This is the half width of the mutual information.": _mi_half_width_mm,
+                "This is the half width of the mutual information.": mi_half_width_mm,
             },
         ),
         "The correlation is sharp: it says exactly where the bone is, but only from near by. "
@@ -397,15 +412,15 @@ EXERCISES = {
     ),
     "T2.4": Exercise(
         number_near(
-            _best_single_mm,
+            best_single_mm,
             0.05,
             "Fit one transform to the targets of both bones together (fit_rigid), apply it, and "
             "take the mean distance to where the targets truly are.",
             {
                 "This applies the femur's transform to the tibia. The best single transform "
-                "is a compromise between the bones.": _femur_on_tibia_mm,
+                "is a compromise between the bones.": femur_on_tibia_mm,
                 "This is the error after the stage whole_knee. Is there a better single "
-                "transform?": lambda: _whole_knee_mm(),
+                "transform?": lambda: whole_knee_mm(),
             },
         ),
         "No optimiser can do better with one transform: the knee was flexed differently in the two "
@@ -413,7 +428,7 @@ EXERCISES = {
     ),
     "T2.5": Exercise(
         _judge_wrong_poses,
-        "The mutual information of the wrong poses is less than a fifth lower. The trabecular "
+        "The mutual information of the wrong poses is only a little lower. The trabecular "
         "correlation separates them without ground truth, so the study can flag a failed knee of "
         "a patient.",
     ),
@@ -421,7 +436,8 @@ EXERCISES = {
 
 
 @cache
-def _whole_knee_mm() -> float:
+def whole_knee_mm() -> float:
+    """TRE after the stage whole_knee, mean over the targets of both bones."""
     errors = []
     for bone, transform in knee().stages["whole_knee"].items():
         true, points = knee().true[bone], knee().targets[bone]

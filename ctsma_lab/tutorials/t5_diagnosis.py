@@ -42,7 +42,7 @@ N_NOISE, N_SELECTED = 500, 10  # features of the pipelines C and D; design choic
 N_NEIGHBOURS, N_FOLDS = 5, 5  # of the patch classifier; design choice
 SENSITIVITY, SPECIFICITY, PREVALENCE = 0.8, 0.8, 0.1  # of exercise T5.2
 THRESHOLD, TRUE_POSITIVES, FALSE_POSITIVES = 0.2, 35, 20  # of exercise T5.3
-N_OA, N_OTHER = 41, 39
+N_OA, N_OTHER = 41, 39  # of exercise T5.3
 AUC, HALF_WIDTH = 0.8, 0.05  # of exercise T5.5
 
 
@@ -151,6 +151,17 @@ def difference(arm: str, other: str) -> dict[str, float]:
     return {name: float(found[name]) for name in ("difference", "ci_low", "ci_high", "p")}
 
 
+def difference_in_words(arm: str, other: str) -> str:
+    """`difference`, and what its interval shows and does not exclude."""
+    found = difference(arm, other)
+    low, high = found["ci_low"], found["ci_high"]
+    text = f"AUC difference {found['difference']:.3f} (95 % CI {low:.3f} to {high:.3f}): "
+    if low > 0 or high < 0:
+        return text + "the interval does not contain 0; these knees show a difference."
+    text += "the interval contains 0; these knees do not show a difference. "
+    return text + f"They exclude neither a loss of {-low:.3f} nor a gain of {high:.3f}."
+
+
 def draw_threshold(threshold: float) -> Figure:
     """Scores of both classes with the threshold, its point on the ROC curve, and the counts."""
     table = scores()
@@ -187,7 +198,7 @@ def draw_prevalence(sensitivity: float, specificity: float) -> Figure:
     figure, ax = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
     ax.plot(prevalence, tp / (tp + fp), color=figures.PALETTE[0], label="PPV: OA, if positive")
     ax.plot(prevalence, tn / (tn + fn), color=figures.PALETTE[1], label="NPV: no OA, if negative")
-    ax.axvline(N_OA / (N_OA + N_OTHER), color="#888888", linestyle=":", label="this cohort")
+    ax.axvline(read_knees()["oa"].mean(), color="#888888", linestyle=":", label="this cohort")
     ax.set(xlabel="prevalence of OA", ylabel="probability", xlim=(0, 1), ylim=(0, 1.02))
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
