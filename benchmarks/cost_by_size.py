@@ -106,7 +106,6 @@ def repeated(folder: Path) -> None:
     rest = {name: values for name, values in vars(data).items() if name not in (*IMAGES, "table")}
     rest = {name: np.concatenate([values] * times) for name, values in rest.items()}
     table = pd.concat([data.table] * times, ignore_index=True)
-    rest["targets"] = rest["targets"] + np.random.default_rng(SEED).normal(0, 1e-3, (len(table), 4))
     joblib.dump(type(data)(table=table, **images, **rest), folder / "repeated")
 
 

@@ -39,11 +39,8 @@ PLATEAU_MM = 60.0  # least width of a complete tibia; design choice
 # Subchondral plate: 0.58 to 0.72 mm thick in OA (Rapagna 2021), plus the blur of the images
 PLATE_MM = 1.5
 
-IMAGES = {  # of a patch, as stored
-    "mr": (MR_SHAPE, np.float16),
-    "ct": (CT_SHAPE, np.float16),
-    "voi": (MR_SHAPE, np.bool_),
-}
+# Images of a patch, as stored
+IMAGES = {"mr": (MR_SHAPE, np.float16), "ct": (CT_SHAPE, np.float16), "voi": (MR_SHAPE, np.bool_)}
 PORTION = 1024  # patches whose images are in memory at once, about 0.2 GB; design choice
 
 MIN_VOI = 0.25  # share of a patch that must be trabecular bone; design choice

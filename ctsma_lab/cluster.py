@@ -30,12 +30,26 @@ def on_cluster(address: str | None, folder: str | Path) -> Iterator[object]:
     if not address:
         yield None
         return
-    with connect(address, folder) as client, joblib.parallel_config("dask", client=client):
+    with connect(address, folder) as client, joblib.parallel_config(backend_of(client)):
         os.environ[ADDRESS] = address
         try:
             yield client
         finally:
             del os.environ[ADDRESS]
+
+
+def backend_of(client: object) -> object:
+    """joblib's Dask backend, for `joblib.parallel_config`, also on a cluster that has one worker.
+
+    joblib would run all tasks in the driver then, and workers that join later would do nothing.
+    """
+    from joblib._dask import DaskDistributedBackend
+
+    class Backend(DaskDistributedBackend):
+        def effective_n_jobs(self, n_jobs: int) -> int:
+            return max(2, super().effective_n_jobs(n_jobs))
+
+    return Backend(client=client)
 
 
 def connect(address: str, folder: str | Path) -> object:

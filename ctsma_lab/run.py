@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ctsma.cohort import read_manifest, read_splits, splits_path
 from ctsma.common import InputError
 from ctsma.files import git_commit, sha256_file, versions, write_json, write_text
-from ctsma_lab.cluster import ADDRESS, connect
+from ctsma_lab.cluster import ADDRESS, backend_of, connect
 
 SCHEMA_VERSION = 2
 RESULTS = {  # the notebooks of the main line in their order, and the results file of each
@@ -60,7 +60,7 @@ class Run:
         """
         run = cls(Path(run_dir), profile, seed, parameters)
         if address := os.environ.get(ADDRESS):
-            joblib.parallel_config(backend="dask", client=connect(address, run.folder(".")))
+            joblib.parallel_config(backend_of(connect(address, run.folder("."))))
         stages = list(RESULTS)
         earlier = stages[: stages.index(stage)]
         missing = [name for name in earlier if not run.results_path(RESULTS[name]).exists()]
