@@ -259,7 +259,7 @@ def permuted(scorer: Scorer, tokens: pd.DataFrame, owners: pd.Series) -> dict:
     """Control: AUC of Transformers of one seed that are trained on permuted labels."""
     rng, aucs = np.random.default_rng(SEED), []
     for draw in range(N_PERMUTATIONS):
-        labels = diagnosis.permute_labels(scorer.labels, owners, scorer.splits, rng)
+        labels = views.permute_labels(scorer.labels, owners, scorer.splits, rng)
         found = scorer.scores(f"permuted {draw}", tokens, labels, [draw])
         aucs.append(diagnosis.auc_delong(labels.loc[found["knee_id"]], found["score"])["auc"])
     low, high = np.percentile(aucs, [2.5, 97.5])

@@ -5,6 +5,7 @@ to it. The key is a hash over code, parameters and inputs.
 """
 
 import ast
+import errno
 import hashlib
 import importlib.util
 import inspect
@@ -137,8 +138,8 @@ def map_knees(
 
     Parameters
     ----------
-    function : returns a mapping of numbers and texts. It may write files `<knee_id>_*` or
-        `<knee_id>.*` into `folder`, or name others (relative to `folder`) in the list `files`.
+    function : returns a mapping of numbers and texts, and in the list `files` the names of what it
+        wrote, relative to `folder`. No two knees may write one file.
     knees : manifest rows with `knee_id`.
     folder : where `<knee_id>.json`, the record of a finished knee, is kept.
     parameters : keyword arguments, JSON-able. Of `root` and those whose names end in `_folder` the
@@ -152,6 +153,7 @@ def map_knees(
     DataFrame, one row per knee in the order of `knees`: the mapping, knee_id, seconds, and error
     ("" when good). One bad knee is a row with its reason and never stops the others. A record is
     reused while code, parameters, knee row, earlier records and the files written are unchanged.
+    Raises InputError for a full disk: finished knees are kept.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +166,7 @@ def map_knees(
             done[knee_id] = record
     waiting = [row for row in rows if row["knee_id"] not in done]
     n_reused, started = len(done), time.perf_counter()
-    tasks = [(function, row, folder, parameters, keys) for row in waiting]
+    tasks = [(function, row, folder, parameters, keys[row["knee_id"]]) for row in waiting]
     for record in run_tasks(_compute, tasks, n_jobs, ordered=False):
         done[record["knee_id"]] = record
         if report:
@@ -213,17 +215,11 @@ def image_fingerprints(knee: dict, root: str | Path, columns: Iterable[str] = VO
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in found]
 
 
-def _compute(function: Callable, row: dict, folder: Path, parameters: dict, keys: dict) -> dict:
+def _compute(function: Callable, row: dict, folder: Path, parameters: dict, key: str) -> dict:
     started, knee_id = time.perf_counter(), row["knee_id"]
     outcome = {"knee_id": knee_id, "error": ""} | _attempt(function, row, folder, parameters)
     outcome["seconds"] = time.perf_counter() - started
-    record = folder / f"{knee_id}.json"
-    # A file belongs to the knee with the longest name that it begins with: a_b_1.csv to a_b, not a.
-    longer = [other for other in keys if other.startswith((f"{knee_id}_", f"{knee_id}."))]
-    others = tuple(other + mark for other in longer for mark in "_.")
-    written = {*folder.glob(f"{knee_id}_*"), *folder.glob(f"{knee_id}.*")} - {record}
-    own = [file.name for file in sorted(written) if not file.name.startswith(others)]
-    return write_record(record, keys[knee_id], outcome, outcome.pop("files", None) or own)
+    return write_record(folder / f"{knee_id}.json", key, outcome, outcome.pop("files", ()))
 
 
 def _attempt(function: Callable, row: dict, folder: Path, parameters: dict) -> dict:
@@ -232,5 +228,7 @@ def _attempt(function: Callable, row: dict, folder: Path, parameters: dict) -> d
     except InputError as error:
         return {"error": str(error)}
     except Exception as error:  # one bad knee never stops a cohort; the row says where it happened
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise  # a full disk is not the knee's fault
         place = traceback.extract_tb(error.__traceback__)[-1]
         return {"error": f"{type(error).__name__} in {place.name}, line {place.lineno}: {error}"}

@@ -1,11 +1,15 @@
 """Independent tasks by joblib, one thread each; `joblib.parallel_config` outside says where."""
 
+import errno
+import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import joblib
 import SimpleITK as sitk
 from threadpoolctl import threadpool_limits
+
+from ctsma.common import InputError
 
 
 def run_tasks(
@@ -18,7 +22,8 @@ def run_tasks(
     n_jobs : processes on this machine. A cluster of `joblib.parallel_config` uses all its workers.
     ordered : in the order of `arguments`; otherwise each result as soon as it is there.
 
-    Large arrays are sent once where they are arguments themselves and not parts of one.
+    Raises InputError where a disk is full, with the name of the machine. Large arrays are sent once
+    where they are arguments themselves and not parts of one.
     """
     tasks = [joblib.delayed(_with_one_thread)(function, *own) for own in arguments]
     return_as = "generator" if ordered else "generator_unordered"
@@ -32,4 +37,12 @@ def _with_one_thread(function: Callable, *arguments: object) -> object:
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
     with threadpool_limits(1), joblib.parallel_config(backend="sequential"):
-        return function(*arguments)
+        try:
+            return function(*arguments)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            problem = f"cannot be written, as the disk of {platform.node()} is full"
+            raise InputError(
+                error.filename or "file", problem, "free space, run it again"
+            ) from error

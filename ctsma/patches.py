@@ -79,7 +79,9 @@ class StoredImages:
         wanted = self.table.iloc[at.ravel()].reset_index(drop=True)
         for knee_id, own in wanted.groupby("knee_id"):
             with np.load(self.folder / f"{knee_id}.npz") as stored:
-                images[own.index] = stored[self.name][own["patch_id"]]
+                values = stored[self.name][own["patch_id"]]
+            images = images.astype(values.dtype, copy=False)
+            images[own.index] = values
         return images.reshape(at.shape + shape)
 
 
@@ -188,7 +190,9 @@ def cut_and_measure(
     write_text(f"{stem}_table.csv", table.to_csv(index=False))
     with atomic(f"{stem}.npz") as temporary:
         np.savez(temporary, **arrays)
-    return {"n_patches": len(table), "n_flagged": int((table["flag"] != "").sum())}
+    files = [f"{knee['knee_id']}_table.csv", f"{knee['knee_id']}.npz"]
+    n_flagged = int((table["flag"] != "").sum())
+    return {"n_patches": len(table), "n_flagged": n_flagged, "files": files}
 
 
 def patch_centres(

@@ -36,6 +36,7 @@ from .pages import (
 )
 from .tables import (
     STAGES,
+    cost_table,
     detailed_tables,
     draw_icc,
     origin,
@@ -320,11 +321,11 @@ def _caption(name: str, results: Path) -> str:
 
 
 def update_readme(readme: str | Path, results: str | Path) -> None:
-    """Renew what a README, and docs/results.md beside it, take from results files.
+    """Renew what a README, docs/results.md and docs/cluster.md take from results files.
 
     A generated part stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; NAME is summary,
-    figures, profiles, results, networks or tables. docs/results beside the README holds the results
-    of the benchmarks. The figure docs/figures/icc.svg beside the README is drawn again.
+    figures, profiles, results, networks, cost or tables. docs/results beside the README holds the
+    results of the benchmarks. The figure docs/figures/icc.svg beside the README is drawn again.
     Raises InputError where the README has no generated part.
     """
     readme = Path(readme)
@@ -336,13 +337,15 @@ def update_readme(readme: str | Path, results: str | Path) -> None:
         "profiles": profiles_table(),
         "results": f"{results_table(results)}\n\n{origin(results)}",
         "networks": published_networks(evidence),
+        "cost": cost_table(evidence),
         "tables": "\n".join([*tables, origin(results)]),
     }
-    details = readme.parent / "docs" / "results.md"
     if not renew(readme, parts):
         marks = "<!-- results:begin --> and <!-- results:end -->"
         raise InputError(readme, "has no generated part", f"add the lines {marks}")
-    if details.exists():
-        renew(details, parts)
+    for name in ("results.md", "cluster.md"):
+        details = readme.parent / "docs" / name
+        if details.exists():
+            renew(details, parts)
     with atomic(readme.parent / "docs" / "figures" / "icc.svg") as temporary:
         draw_icc(results, temporary)

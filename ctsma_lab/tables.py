@@ -28,6 +28,19 @@ GPU_LABELS = {
     "last_0.1_cortex": "CT network, calibrated HU, L1 of the last stage, weight 0.1",
     "ridge_cortex": "calibrated HU ridge",
 }
+# What differs between the two arms of a question on many knees, and what it may change
+QUESTIONS = {
+    ("ct_sma", "ct_only"): ("The published distillation loss", "the AUC of the CT network"),
+    ("ct_sma_plus", "ct_residual"): (
+        "CAM distillation",
+        "the AUC of the network that corrects the ridge",
+    ),
+    ("ct_sma_plus", "hu_regression_calibrated"): (
+        "The correction by this network",
+        "the AUC of the calibrated HU ridge",
+    ),
+    ("mr_reference", "ct_sma_plus"): ("The MR reference in place of its estimates", "the AUC"),
+}
 QUANTITIES = {
     "hu_r2": "R2 of ridge on CT with ground truth",
     "ct_threshold_bv_tv_ratio": "BV/TV above 250 HU over ground truth",
@@ -74,46 +87,65 @@ def origin(results: str | Path) -> str:
 
 
 def summary(results: str | Path, evidence: str | Path | None = None) -> str:
-    """The result as a Markdown list. A sentence is left out where its arms or evidence are.
+    """The result as Markdown lists. A sentence is left out where its arms or evidence are.
 
     `evidence` is the folder of the benchmarks' results (default: the one that holds `results`).
     """
     evidence = Path(evidence or Path(results).parent)
-    agreement, diagnosis = read_results(results, "agreement"), read_results(results, "diagnosis")
-    icc, auc, r = agreement["icc"], diagnosis["auc"], agreement["r"]
-    kind = "simulated knees" if read_results(results, "cohort")["simulated"] else "knees"
+    cohort, agreement = read_results(results, "cohort"), read_results(results, "agreement")
+    diagnosis = read_results(results, "diagnosis")
+    knees = f"{cohort['n_knees']} {'simulated ' if cohort['simulated'] else ''}knees"
+    many = read_large_cohort(evidence)
+    groups = {
+        f"Agreement with the MR reference, {knees}": _agreement_sentences(agreement),
+        f"What the teacher adds, {knees}": _teacher_sentences(agreement, evidence),
+        f"Diagnosis of osteoarthritis, {knees}": _diagnosis_sentences(diagnosis),
+    }
+    if many:
+        groups[large_cohort_title(many)] = large_cohort_sentences(many)
+    lists = {title: "\n".join(f"- {line}" for line in lines) for title, lines in groups.items()}
+    return "\n\n".join(f"**{title}**\n\n{text}" for title, text in lists.items() if text)
+
+
+def _agreement_sentences(agreement: Mapping) -> list[str]:
+    icc, r, ridge = agreement["icc"], agreement["r"], "hu_regression_calibrated"
+    change = _differences_in_r(agreement).get(f"ct_residual_vs_{ridge}")
+    if not change:
+        return []
+    return [
+        "Ridge regression on calibrated HU with a knee-level noise model: r "
+        f"{r[ridge]['mean']:.3f}, mean ICC {interval(icc[ridge]['mean'], 'icc')}.",
+        f"A CT network that corrects this ridge {effect_in_words('r', change)}; its mean ICC is "
+        f"{interval(icc['ct_residual']['mean'], 'icc')}.",
+    ]
+
+
+def _teacher_sentences(agreement: Mapping, evidence: Path) -> list[str]:
     changes, sentences = _differences_in_r(agreement), []
-
-    network = changes.get("ct_residual_vs_hu_regression_calibrated")
-    if network:
-        ridge, student = "hu_regression_calibrated", "ct_residual"
-        sentences.append(
-            f"On {diagnosis['n_knees']} {kind}, ridge regression on calibrated HU with a "
-            f"knee-level noise model reaches r {r[ridge]['mean']:.3f} and a mean ICC of "
-            f"{interval(icc[ridge]['mean'], 'icc')}. A CT network that corrects it "
-            f"{effect_in_words('r', network)}; its ICC is {interval(icc[student]['mean'], 'icc')}."
-        )
-
-    published, delong = changes.get("ct_sma_vs_ct_only"), diagnosis["delong"]
-    if published and "ct_sma_vs_ct_only" in delong:
-        sentences.append(
-            "The published distillation loss "
-            f"{effect_in_words('r of the CT network', published)} and "
-            f"{effect_in_words('its AUC for osteoarthritis', delong['ct_sma_vs_ct_only'])}: AUC "
-            f"{interval(auc['ct_only'], 'auc')} without and {interval(auc['ct_sma'], 'auc')} with "
-            f"it. The paper reports {ARMS['ct_only'].published['auc']} and "
-            f"{ARMS['ct_sma'].published['auc']} on patients."
-        )
-
-    distilled = changes.get("ct_sma_plus_vs_ct_residual")
-    if distilled:
+    if published := changes.get("ct_sma_vs_ct_only"):
+        effect = effect_in_words("r of the CT network", published)
+        sentences.append(f"The published distillation loss {effect}.")
+    if distilled := changes.get("ct_sma_plus_vs_ct_residual"):
         effect = effect_in_words("r of the network that corrects the ridge", distilled)
+        value = interval(agreement["icc"]["ct_sma_plus"]["mean"], "icc")
         sentences.append(
-            f"Distillation of class activation maps (CAM) {effect}; its ICC is "
-            f"{interval(icc['ct_sma_plus']['mean'], 'icc')}." + _few_labels(evidence)
+            f"Distillation of class activation maps (CAM) {effect}; its mean ICC is {value}."
         )
-    sentences[1:1] = large_cohort_sentences(read_large_cohort(evidence))
-    return "\n".join(f"- {sentence}" for sentence in sentences)
+    return sentences + (_few_labels(evidence) if sentences else [])
+
+
+def _diagnosis_sentences(diagnosis: Mapping) -> list[str]:
+    auc, change = diagnosis["auc"], diagnosis["delong"].get("ct_sma_vs_ct_only")
+    if not change:
+        return []
+    without, distilled = ARMS["ct_only"].published["auc"], ARMS["ct_sma"].published["auc"]
+    return [
+        f"AUC of the CT network: {interval(auc['ct_only'], 'auc')}; the paper reports {without} on "
+        "patients.",
+        f"AUC with the published distillation: {interval(auc['ct_sma'], 'auc')}; the paper reports "
+        f"{distilled} on patients.",
+        f"The published distillation loss {effect_in_words('the AUC', change)}.",
+    ]
 
 
 def _differences_in_r(agreement: Mapping) -> dict[str, Mapping]:
@@ -125,19 +157,19 @@ def _differences_in_r(agreement: Mapping) -> dict[str, Mapping]:
     }
 
 
-def _few_labels(folder: Path) -> str:
+def _few_labels(folder: Path) -> list[str]:
     """What a teacher adds where 20 of 80 pairs have a reference, if that was measured."""
     evidence = _read_evidence(folder, "distillation_evidence")
     if "few_labels" not in evidence:
-        return ""
+        return []
     rows = evidence["few_labels"]["by_labelled_knees"]["20"]["differences"]
     pair = ("student, teacher's estimates", "student")
     found = {row["statistic"]: row for row in rows if (row["arm"], row["against"]) == pair}
     effect = effect_in_words("the mean ICC", found["icc"])
-    return (
-        " Where 20 of 80 pairs have a reference, training on a teacher's estimates for the others "
-        f"{effect}; that teacher learned from other knees."
-    )
+    return [
+        "Where 20 of 80 pairs have a reference, training on the estimates of a teacher for the "
+        f"others {effect}. That teacher learned from other knees."
+    ]
 
 
 def _read_evidence(folder: str | Path, name: str) -> dict:
@@ -150,24 +182,68 @@ def read_large_cohort(folder: str | Path) -> dict:
     return _read_evidence(folder, "large_cohort")
 
 
+def large_cohort_title(found: Mapping) -> str:
+    """Heading of `large_cohort_sentences`: how many knees were read by which models."""
+    return (
+        f"Diagnosis of osteoarthritis, {found['n_knees']} other simulated knees read by CT alone "
+        f"with the models of {found['n_pairs']} pairs"
+    )
+
+
 def large_cohort_sentences(found: Mapping) -> list[str]:
     """What the study of many knees by CT alone says of the diagnosis; none before it ran."""
     if not found:
         return []
-    auc = found["auc"]
-    shown = [name for name in ("ct_only", "ct_sma_plus", "mr_reference") if name in auc]
-    values = [f"{ARMS[name].label} {interval(auc[name], 'auc')}" for name in shown]
     sentences = [
-        f"On {found['n_knees']} other simulated knees, read by CT alone with the models of "
-        f"{found['n_pairs']} pairs, the AUC for osteoarthritis is: {'; '.join(values)}."
+        f"AUC, {ARMS[name].label}: {interval(found['auc'][name], 'auc')}."
+        for name in ("ct_only", "ct_sma_plus", "mr_reference")
+        if name in found["auc"]
     ]
-    answers = []
     for row in found["questions"]:
         if row["model"] == "Transformer":
-            pair = f"{ARMS[row['a']].label}, compared with {ARMS[row['b']].label},"
+            cause, quantity = QUESTIONS[row["a"], row["b"]]
             p = f"Holm p = {row['p_holm']:.2g}"
-            answers.append(f"{pair} {effect_in_words('the AUC', row)}, {p}")
-    return [*sentences, f"There, {'; '.join(answers)}."]
+            sentences.append(f"{cause} {effect_in_words(quantity, row)}, {p}.")
+    return sentences
+
+
+STEPS_OF_COST = {  # of benchmarks/cost_by_size.py
+    "manifest": "write and read the manifest, deal folds",
+    "check_data": "`check-data` of a manifest whose images are absent",
+    "patch_tables": "records and tables of patches",
+    "training_set": "training set",
+    "training": "a training process",
+    "diagnosis": "agreement and diagnosis of two arms",
+}
+
+
+def cost_table(evidence: str | Path) -> str:
+    """Markdown table of `benchmarks/cost_by_size.py`: time, memory and growth of each step.
+
+    `evidence` is the folder of the benchmarks' results; "" before it ran.
+    """
+    found = _read_evidence(evidence, "cost_by_size")
+    if not found:
+        return ""
+    rows, sizes = [], list(found["by_size"])
+    for step, label in STEPS_OF_COST.items():
+        row = {"step": label}
+        for n in sizes:
+            row[f"{int(n):,} knees: CPU s"] = f"{found['by_size'][n][step]['cpu_s']:.1f}"
+        largest = found["by_size"][sizes[-1]][step]
+        row["CPU ms per knee"] = f"{largest['cpu_s'] / int(sizes[-1]) * 1000:.1f}"
+        row["memory, GB"] = f"{largest['largest_memory_gb']:.1f}"
+        row["growth exponent"] = f"{found['growth_exponent'][step]:.2f}"
+        rows.append(row)
+    disk = found["by_size"][sizes[-1]]["training_set_gb"] / int(sizes[-1]) * 1000
+    about = (
+        f"Simulated load. Memory and time per knee are those of {int(sizes[-1]):,} knees. CPU time "
+        "grows with the number of knees to the power of the growth exponent; 1 is linear. A knee "
+        f"has {found['patches_per_knee_prepared']} patches, in the training process "
+        f"{found['patches_per_knee']}, whose mapped files take {disk:.1f} MB a knee "
+        "(docs/results/cost_by_size.json)."
+    )
+    return f"{pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)}\n\n{about}"
 
 
 def large_cohort_tables(found: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -100,6 +100,25 @@ def sensitivity_at_specificity(labels, scores, specificity=0.90) -> dict[str, fl
     }
 
 
+def permute_labels(
+    labels: pd.Series, subjects: pd.Series, splits: pd.DataFrame, rng: np.random.Generator
+) -> pd.Series:
+    """Negative control: labels permuted between subjects, both knees of a subject together.
+
+    labels, subjects: Series by knee_id. Subjects exchange labels within their fold and their number
+    of knees: folds are stratified by label, and unbalanced folds would pull the AUC of a useless
+    model below 0.5.
+    """
+    fold = subjects.map(splits.set_index("subject_id")["fold"])
+    count = subjects.map(subjects.value_counts())
+    permuted = labels.copy()
+    for _, names in subjects.groupby([fold, count]):
+        knees = np.array([group.index for _, group in names.groupby(names)])
+        donors = knees[rng.permutation(len(knees))]
+        permuted[knees.ravel()] = labels[donors.ravel()].to_numpy()
+    return permuted
+
+
 def net_benefit(labels, probabilities, thresholds) -> pd.DataFrame:
     """Decision curve TP/n - FP/n * t/(1-t) at thresholds t (Vickers & Elkin 2006).
 

@@ -53,8 +53,8 @@ def extract_true_patches(
         knee, folder, ct, truth.labels, pairs, n_per_compartment, seed, definition
     )
     rng = np.random.default_rng([seed, 1, *knee["knee_id"].encode()])
-    write_ground_truth(Path(folder), Path(folder), knee, truth, n_truth, rng)
-    return row
+    measured = write_ground_truth(Path(folder), Path(folder), knee, truth, n_truth, rng)
+    return row | {"files": row["files"] + measured["files"]}
 
 
 def measure_ground_truth(knee: dict, folder: Path, *, root: str, patches_folder: str) -> dict:
@@ -87,8 +87,8 @@ def write_ground_truth(
         biomarkers = _true_biomarkers(patch, voi[patch["patch_id"]], knee["side"], truth)
         rows.append([knee_id, patch["patch_id"], *biomarkers])
     measured = pd.DataFrame(rows, columns=["knee_id", "patch_id", *COLUMNS])
-    write_text(folder / f"{knee_id}_truth.csv", measured.to_csv(index=False))
-    return {"n_patches": len(rows)}
+    file = write_text(folder / f"{knee_id}_truth.csv", measured.to_csv(index=False))
+    return {"n_patches": len(rows), "files": [file.name]}
 
 
 def load_ground_truth(folder: str | Path) -> pd.DataFrame:

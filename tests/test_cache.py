@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pandas as pd
 import pytest
 
 from ctsma.cache import imported_modules, map_knees, source_sha256
+from ctsma.common import InputError
 from ctsma.files import write_json
 from ctsma_lab.views import recorded_seconds
 
@@ -25,8 +28,9 @@ def power_of(knee, folder, *, power):
         stream.write(knee["knee_id"] + "\n")
     if knee["knee_id"] == "K2":
         raise ZeroDivisionError("no bone")
-    (folder / f"{knee['knee_id']}_out.txt").write_text(str(power))
-    return {"value": int(knee["knee_id"][1:]) ** power}
+    name = f"{knee['knee_id']}_out.txt"
+    (folder / name).write_text(str(power))
+    return {"value": int(knee["knee_id"][1:]) ** power, "files": [name]}
 
 
 def with_root(knee, folder, root):
@@ -128,15 +132,20 @@ def test_json_is_written_whole_with_plain_values(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_file_belongs_to_the_knee_with_the_longest_name(tmp_path):
-    knees = pd.DataFrame({"knee_id": ["K1", "K1_b", "K1.c", "K12"], "ct": "ct.nii.gz"})
-    for _ in range(2):
-        map_knees(write_out, knees, tmp_path, {})
-    for knee_id in knees["knee_id"]:
-        record = json.loads((tmp_path / f"{knee_id}.json").read_text())
-        assert list(record["files"]) == [f"{knee_id}_out.txt"]
+def fill_disk(knee, folder):
+    """Writes to a device that is always full, as a disk is for every knee after the first."""
+    if knee["knee_id"] != "K0":
+        Path("/dev/full").write_text("bone")
+    return {"value": 1}
 
 
-def write_out(knee, folder):
-    (folder / f"{knee['knee_id']}_out.txt").write_text(knee["knee_id"])
-    return {}
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_full_disk_stops_the_work_and_keeps_finished_knees(tmp_path, n_jobs):
+    with pytest.raises(InputError) as caught:
+        map_knees(fill_disk, knees_of(0, 1), tmp_path, {}, n_jobs=n_jobs)
+    machine = re.escape(platform.node())
+    assert re.fullmatch(
+        f".+: cannot be written, as the disk of {machine} is full; .+", str(caught.value)
+    )
+    assert [file.name for file in tmp_path.glob("*.json")] == ["K0.json"]

@@ -20,7 +20,6 @@ from ctsma.diagnosis import (
     compartment_means,
     cross_validate_arms,
     cross_validate_tabular,
-    permute_labels,
     roc_band,
     tokens_by_arm,
 )
@@ -29,6 +28,7 @@ from ctsma_lab.views import (
     calibration_curve,
     label_problem,
     net_benefit,
+    permute_labels,
     sensitivity_at_specificity,
 )
 

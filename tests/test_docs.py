@@ -56,7 +56,7 @@ def commands(page, program):
 def test_generated_parts_are_those_of_the_published_results(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "results").symlink_to(REPOSITORY / "docs" / "results")
-    names = ("README.md", "docs/results.md")
+    names = ("README.md", "docs/results.md", "docs/cluster.md")
     for name in names:
         (tmp_path / name).write_text((REPOSITORY / name).read_text())
     update_readme(tmp_path / "README.md", REPOSITORY / "docs" / "results" / "full")

@@ -612,9 +612,12 @@ def test_an_unfinished_write_leaves_nothing(ct_file, good, model, tmp_path, monk
 
     monkeypatch.setattr(folder, "write_report", full)
     cts = prediction.listed_cts([f"{ct_file}:{good[1]}"])
-    table = prediction.predict_cts(cts, model, tmp_path)
-    assert "No space left on device" in table.loc[0, "error"]
-    assert {path.name for path in tmp_path.iterdir()} == {"records", "predictions.csv"}
+    with pytest.raises(
+        InputError, match="cannot be written, as the disk of .* is full; free space"
+    ):
+        prediction.predict_cts(cts, model, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"records"}
+    assert not list((tmp_path / "records").iterdir())
 
 
 def test_sides_and_names_are_read_from_the_command():

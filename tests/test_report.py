@@ -268,12 +268,20 @@ def test_an_effect_follows_from_its_interval(value, low, high, words):
     assert words in tables.effect_in_words("it", difference)
 
 
-def test_the_summary_has_three_sentences_with_the_numbers_of_the_files(results):
+def test_the_summary_says_one_thing_a_line_with_the_numbers_of_the_files(results):
     found = json.loads((results / "agreement.json").read_text())
     lines = tables.summary(results).splitlines()
-    assert len(lines) == 3
-    assert f"{found['icc']['ct_residual']['mean']['icc']:.3f}" in lines[0]
-    assert "0.778 and 0.883" in lines[1] and "class activation maps" in lines[2]
+    titles = [line for line in lines if line.startswith("**")]
+    assert [title.partition(",")[0] for title in titles] == [
+        "**Agreement with the MR reference",
+        "**What the teacher adds",
+        "**Diagnosis of osteoarthritis",
+    ]
+    sentences = [line for line in lines if line.startswith("- ")]
+    assert len(sentences) == 2 + 2 + 3
+    assert f"{found['icc']['ct_residual']['mean']['icc']:.3f}" in sentences[1]
+    assert "class activation maps" in sentences[3]
+    assert "reports 0.778" in sentences[4] and "reports 0.883" in sentences[5]
     pair = {"arm": "student, teacher's estimates", "against": "student", "statistic": "icc"}
     row = pair | {"difference": 0.1, "ci_low": 0.05, "ci_high": 0.15}
     few = {"by_labelled_knees": {"20": {"differences": [row]}}}
@@ -281,7 +289,21 @@ def test_the_summary_has_three_sentences_with_the_numbers_of_the_files(results):
     assert "Where 20 of 80 pairs have a reference" in tables.summary(results)
     assert "raises the mean ICC by 0.100" in tables.summary(results)
     change(results / "agreement.json", differences=[])
+    change(results / "diagnosis.json", delong={})
     assert not tables.summary(results)
+
+
+def test_many_knees_have_one_sentence_for_each_arm_and_question():
+    shipped = tables.read_large_cohort(ROOT / "docs" / "results")
+    lines = tables.large_cohort_sentences(shipped)
+    assert len(lines) == 3 + len(tables.QUESTIONS)
+    for row in shipped["questions"]:
+        if row["model"] == "Transformer":
+            value = f"{abs(row['difference']):.3f}"
+            assert any(
+                value in line and tables.QUESTIONS[row["a"], row["b"]][0] in line for line in lines
+            )
+    assert tables.large_cohort_sentences({}) == []
 
 
 def test_tables_hold_every_arm_and_the_published_values(results):

@@ -7,9 +7,7 @@ labels: Series of 0 (no OA) and 1 (OA) by knee_id. splits: DataFrame(subject_id,
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
-from numpy.random import Generator
 
 from ctsma.cohort import check_splits
 from ctsma.common import BIOMARKERS, InputError
@@ -60,22 +58,3 @@ def knee_table(rows: pd.DataFrame, labels: pd.Series, splits: pd.DataFrame) -> p
             problem, remedy = "leaves one class only for training", "stratify the splits by label"
             raise InputError(f"fold {fold}", problem, remedy)
     return knees
-
-
-def permute_labels(
-    labels: pd.Series, subjects: pd.Series, splits: pd.DataFrame, rng: Generator
-) -> pd.Series:
-    """Negative control: labels permuted between subjects, both knees of a subject together.
-
-    labels, subjects: Series by knee_id. Subjects exchange labels within their fold and their number
-    of knees: folds are stratified by label, and unbalanced folds would pull the AUC of a useless
-    model below 0.5.
-    """
-    fold = subjects.map(splits.set_index("subject_id")["fold"])
-    count = subjects.map(subjects.value_counts())
-    permuted = labels.copy()
-    for _, names in subjects.groupby([fold, count]):
-        knees = np.array([group.index for _, group in names.groupby(names)])
-        donors = knees[rng.permutation(len(knees))]
-        permuted[knees.ravel()] = labels[donors.ravel()].to_numpy()
-    return permuted

@@ -33,19 +33,19 @@ def register_pair(knee: dict, folder: Path, *, root: str | Path, seed: int) -> d
     tic = time.process_time()
     ct = read_knee_volume(knee, "ct", root)
     masks = knee_masks(knee, ct, root)
-    write_volume(masks, Path(folder) / f"{knee['knee_id']}_mask.nii.gz")
-    row = {}
+    row, files = {}, [f"{knee['knee_id']}_mask.nii.gz"]
+    write_volume(masks, Path(folder) / files[0])
     for column, prefix in (("mr", ""), ("mr_rescan", "rescan_")):
         if not isinstance(knee.get(column), str):
             continue
         result = register_knee(ct, read_knee_volume(knee, column, root), masks, seed=seed)
-        write_registration(result, folder, f"{knee['knee_id']}_{prefix}".rstrip("_"))
+        files += write_registration(result, folder, f"{knee['knee_id']}_{prefix}".rstrip("_"))
         row[f"{prefix}flagged"] = result.flagged
         row[f"{prefix}flexion_deg"] = result.flexion_deg
         for bone, metrics in result.metrics.items():
             for name, value in metrics.items():
                 row[f"{prefix}{name}_{bone}"] = value
-    return row | {"cpu_seconds": time.process_time() - tic}
+    return row | {"cpu_seconds": time.process_time() - tic, "files": files}
 
 
 def knee_masks(knee: dict, ct: sitk.Image, root: str | Path) -> sitk.Image:
@@ -57,8 +57,11 @@ def knee_masks(knee: dict, ct: sitk.Image, root: str | Path) -> sitk.Image:
     return bone_masks(ct) if path is None else label_masks(read_volume(path, "labels"), ct)
 
 
-def write_registration(result: Registration, folder: str | Path, knee_id: str) -> None:
-    """Write `<knee>_stages.json` (all stages), and `<knee>_<bone>.tfm` unless it is flagged."""
+def write_registration(result: Registration, folder: str | Path, knee_id: str) -> list[str]:
+    """Write `<knee>_stages.json` (all stages), and `<knee>_<bone>.tfm` unless it is flagged.
+
+    Returns the names of the files.
+    """
     stages = {}
     for stage, transforms in result.stages.items():
         stages[stage] = {
@@ -70,13 +73,15 @@ def write_registration(result: Registration, folder: str | Path, knee_id: str) -
             for bone, transform in transforms.items()
         }
     content = {"log": result.log, "flagged": result.flagged, "stages": stages}
-    write_json(Path(folder) / f"{knee_id}_stages.json", content)
+    files = [write_json(Path(folder) / f"{knee_id}_stages.json", content).name]
     for bone, transform in result.transforms.items():
         path = Path(folder) / f"{knee_id}_{bone}.tfm"
         path.unlink(missing_ok=True)
         if not result.flagged:
             with atomic(path) as temporary:
                 sitk.WriteTransform(transform, str(temporary))
+            files.append(path.name)
+    return files
 
 
 def read_transforms(folder: str | Path, knee_id: str) -> dict[str, Rigid]:
