@@ -17,6 +17,7 @@ from PIL import Image
 from ctsma.files import atomic, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
+MAX_WIDTH = 2000  # pixels of a figure; a wider one is shown at half its size (design choice)
 COLOURS = 64  # of the palette of a figure; a third of the size, hardly visible (design choice)
 WIDE = 1.7  # width over height from which a figure scrolls on a narrow screen (design choice)
 CAPTION = re.compile(r"\*+(Key figure|Figure)\.\*+ *")
@@ -106,6 +107,8 @@ def write_figure(png: bytes, file: Path, colours: int | None = COLOURS) -> tuple
     lines over grey images would lose theirs.
     """
     image = Image.open(io.BytesIO(png)).convert("RGBA")
+    if image.width > MAX_WIDTH:
+        image = image.reduce(2)
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if colours is not None:
         flat = flat.quantize(colours, dither=Image.Dither.NONE)
