@@ -142,6 +142,7 @@ def fill_disk(knee, folder):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("n_jobs", [1, 2])
 def test_a_full_disk_stops_the_work_and_keeps_finished_knees(tmp_path, n_jobs):
+    map_knees(fill_disk, knees_of(0), tmp_path, {}, n_jobs=n_jobs)
     with pytest.raises(InputError) as caught:
         map_knees(fill_disk, knees_of(0, 1), tmp_path, {}, n_jobs=n_jobs)
     machine = re.escape(platform.node())

@@ -183,5 +183,5 @@ def test_a_knee_with_ct_alone_is_cut_where_a_paired_one_is(knee, tmp_path):
     assert len(found.table) == outcome["n_patches"] - outcome["n_flagged"] > 0
     assert set(found.table["compartment"]) <= set(COMPARTMENTS)
     assert np.isfinite(found.ct).all()
-    assert found.voi.mean(axis=(1, 2, 3)).min() >= patches.MIN_VOI
+    assert found.voi[:].mean(axis=(1, 2, 3)).min() >= patches.MIN_VOI
     assert not found.mr.any()

@@ -11,7 +11,7 @@ from IPython.display import display
 from matplotlib.figure import Figure
 
 DPI = 90  # of the pictures on screen
-LOOK = {  # of every control: room for the longest label
+LOOK = {  # of every control: wide enough for the longest label
     "style": {"description_width": "16em"},
     "layout": {"width": "36em", "max_width": "100%"},
 }
