@@ -144,7 +144,8 @@ def _diagnosis_sentences(diagnosis: Mapping) -> list[str]:
         "patients.",
         f"AUC with the published distillation: {interval(auc['ct_sma'], 'auc')}; the paper reports "
         f"{distilled} on patients.",
-        f"The published distillation loss {effect_in_words('the AUC', change)}.",
+        f"The published distillation loss {effect_in_words('the AUC', change)}, Holm p = "
+        f"{change['p_holm']:.2g}.",
     ]
 
 
