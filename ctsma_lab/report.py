@@ -216,13 +216,14 @@ def _numbers(results: Path) -> dict:
 def _key_figures(run_path: Path) -> list[str]:
     """HTML of the key figures that the run has, with caption, n, legend and the CSV behind each."""
     results, report, shown = run_path / "results", run_path / "report", []
+    numbers = _numbers(results)
     kind = "simulated" if read_results(results, "cohort")["simulated"] else "own"
     for name, about in KEY_FIGURES.items():
         file = run_path / "figures" / f"{name}.png"
         if about["cohort"] not in (kind, "any") or not file.exists():
             continue
         size = write_figure(file.read_bytes(), report / f"figures/{name}.png")
-        caption = _caption(name, results)
+        caption = _caption(name, numbers)
         table = copy_table(name, run_path, report)
         label = f"Figure {len(shown) + 1}."
         shown.append(figure_html(label, f"figures/{name}.png", size, caption, table))
@@ -303,21 +304,21 @@ def readme_figures(results: str | Path) -> str:
 
     Their files are those of docs/report, so that the README shows what was published last.
     """
-    results, parts = Path(results), []
+    numbers, parts = _numbers(Path(results)), []
     kind = "simulated" if read_results(results, "cohort")["simulated"] else "own"
     for name in README_FIGURES:
         if KEY_FIGURES[name]["cohort"] in (kind, "any"):
-            caption = _caption(name, results) + (" Simulated knees." if kind == "simulated" else "")
+            caption = _caption(name, numbers) + (" Simulated knees." if kind == "simulated" else "")
             image = f"![{KEY_FIGURES[name]['caption']}](docs/report/figures/{name}.png)"
             parts.append(f"{image}\n\n*{caption}*")
     return "\n\n".join(parts)
 
 
-def _caption(name: str, results: Path) -> str:
-    """Title, caption, n and legend of a key figure."""
+def _caption(name: str, numbers: Mapping) -> str:
+    """Title, caption, n and legend of a key figure, filled with `_numbers`."""
     about = KEY_FIGURES[name]
     texts = [about["title"], about["caption"], "n: " + about["n"], about["legend"]]
-    return " ".join(text.rstrip(".") + "." for text in texts).format(**_numbers(results))
+    return " ".join(text.rstrip(".") + "." for text in texts).format(**numbers)
 
 
 def update_readme(readme: str | Path, results: str | Path) -> None:

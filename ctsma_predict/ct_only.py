@@ -37,13 +37,16 @@ def predict_ct_only(
     parts = [prediction_rows(table[:0], "", 0, 0, np.zeros((0, len(BIOMARKERS))))]
     students = [arm for arm in arms if ARMS[arm].kind == "student"]
     for number in np.unique(folds):
+        trained = {
+            (arm, seed): load_model(Path(folder) / f"{arm}_fold{number}_seed{seed}")
+            for arm in students
+            for seed in seeds
+        }
         for rows in portions(np.flatnonzero(folds == number)):
             some = patches.take(rows)
             data = prepare(some)
-            for arm in students:
-                for seed in seeds:
-                    network, record = load_model(Path(folder) / f"{arm}_fold{number}_seed{seed}")
-                    values = predict(network, record, data, np.arange(len(rows)))
-                    parts.append(prediction_rows(some.table, arm, number, seed, values))
+            for (arm, seed), (network, record) in trained.items():
+                values = predict(network, record, data, np.arange(len(rows)))
+                parts.append(prediction_rows(some.table, arm, number, seed, values))
     parts[1:] = sorted(parts[1:], key=lambda part: students.index(part["arm"].iloc[0]))
     return pd.concat(parts[1:] or parts, ignore_index=True)
