@@ -81,13 +81,15 @@ BESIDE = {  # pages and files of the site that are no notebook, in the order of 
 }
 
 
-def write_report(run_path: str | Path, progress: Callable[..., None] | None = None) -> Path:
+def write_report(
+    run_path: str | Path, progress: Callable[..., None] | None = None, n_jobs: int = 1
+) -> Path:
     """Write the site of a run, report/: a first page, one page per executed notebook and per knee.
 
     Figures and the tables behind them go to report/figures, so that the folder can be moved or
-    published as it is. A complete run also gets the methods section of a paper. `progress` is
-    called after each knee, as by `map_knees`. Returns report/index.html. Raises InputError where
-    the run has no executed notebook.
+    published as it is. A complete run also gets the methods section of a paper. `progress` and
+    `n_jobs` are those of `map_knees`, which draws the knees. Returns report/index.html. Raises
+    InputError where the run has no executed notebook.
     """
     run_path = Path(run_path)
     files = sorted(run_path.glob("notebooks/[0-9][0-9]_*.ipynb"))
@@ -97,7 +99,7 @@ def write_report(run_path: str | Path, progress: Callable[..., None] | None = No
     report = run_path / "report"
     notebooks = {file.stem: nbformat.read(file, as_version=4) for file in files}
     titles = {"index": "Overview"} | {name: title_of(one) for name, one in notebooks.items()}
-    write_knees(run_path, progress)
+    write_knees(run_path, progress, n_jobs)
     if is_complete(run_path):
         write_methods(run_path)
     overview = _overview(run_path, titles, {n: result_of(one) for n, one in notebooks.items()})
@@ -115,7 +117,9 @@ def is_complete(run_path: Path) -> bool:
     return all((run_path / "results" / f"{stage}.json").exists() for stage in STAGES)
 
 
-def write_knees(run_path: Path, progress: Callable[..., None] | None = None) -> None:
+def write_knees(
+    run_path: Path, progress: Callable[..., None] | None = None, n_jobs: int = 1
+) -> None:
     """Write report/knees, the quality control of registration; nothing without registered knees.
 
     Images are drawn again only where the registration of the knee has changed.
@@ -139,7 +143,8 @@ def write_knees(run_path: Path, progress: Callable[..., None] | None = None) -> 
         "image_folder": str((folder / "images").resolve()),
     }
     earlier = [registration, run_path / "patches"]
-    map_knees(draw_knee, registered, run_path / "knees", parameters, after=earlier, report=progress)
+    work = {"n_jobs": n_jobs, "report": progress}
+    map_knees(draw_knee, registered, run_path / "knees", parameters, after=earlier, **work)
     errors = _registration_errors(run_path)
     rows = []
     for knee in knees[["knee_id", "side"]].to_dict("records"):

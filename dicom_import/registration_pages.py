@@ -5,7 +5,9 @@ before and after registration, and CT and MR.
 """
 
 import os
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import jinja2
@@ -37,7 +39,7 @@ CT_HU = (-200.0, 1000.0)  # black and white
 PATCH_MM = 10.5  # edge of a patch
 PATCHES_PER_COMPARTMENT = 4  # drawn where no patches were cut yet
 MAX_BYTES = 6_600  # of one image: a page has less than 40 kB, that of 80 knees less than 3 MB
-QUALITIES = range(80, 0, -5)  # of WebP, the first that fits is taken
+QUALITIES = range(80, 0, -5)  # of WebP, the highest that fits is taken
 # Palette of the outlines: none, femur, tibia, patches (Okabe and Ito), letters and their rim.
 PALETTE = (0, 0, 0, 86, 180, 233, 230, 159, 0, 0, 158, 115, 255, 255, 255, 0, 0, 0)
 FEMUR_INK, TIBIA_INK, PATCH_INK, LETTER_INK, RIM_INK = 1, 2, 3, 4, 5
@@ -164,10 +166,8 @@ def _places(masks: sitk.Image, side: str) -> pd.DataFrame:
 
 def _plane_grid(plane: str, bone: str, masks: sitk.Image, centres: pd.DataFrame) -> sitk.Image:
     """Grid of a plane through the first patch of a bone, else through the bone's middle."""
-    shape = sitk.LabelShapeStatisticsImageFilter()
-    shape.Execute(masks)
     own = centres[centres["compartment"].str.startswith(bone)][["x", "y", "z"]].to_numpy(float)
-    through = own[0] if len(own) else np.array(shape.GetCentroid(BONES[bone]))
+    through = own[0] if len(own) else _centroid(masks, bone)
     every = centres[["x", "y", "z"]].to_numpy(float)
     middle = every.mean(axis=0) if len(every) else through
     axes = np.array(PLANES[plane][0], float)
@@ -178,6 +178,12 @@ def _plane_grid(plane: str, bone: str, masks: sitk.Image, centres: pd.DataFrame)
     half = (PIXELS - 1) / 2 * PIXEL_MM
     grid.SetOrigin((centre - half * (axes[0] + axes[1])).tolist())
     return grid
+
+
+def _centroid(masks: sitk.Image, bone: str) -> np.ndarray:
+    shape = sitk.LabelShapeStatisticsImageFilter()
+    shape.Execute(masks)
+    return np.array(shape.GetCentroid(BONES[bone]))
 
 
 def _sample(image: sitk.Image, grid: sitk.Image, transform: sitk.Transform) -> np.ndarray:
@@ -219,8 +225,13 @@ def _montage(views: Sequence[np.ndarray]) -> np.ndarray:
 
 def _write_small(image: Image.Image, file: Path) -> None:
     """Write a WebP of at most MAX_BYTES, or of the lowest quality where none is so small."""
+
+    def encoded(quality: int) -> bytes:
+        stream = BytesIO()
+        image.save(stream, "WebP", quality=quality)
+        return stream.getvalue()
+
+    # Bisection: the size falls with the quality.
+    first = bisect_left(QUALITIES, True, key=lambda quality: len(encoded(quality)) <= MAX_BYTES)
     with atomic(file) as temporary:
-        for quality in QUALITIES:
-            image.save(temporary, quality=quality)
-            if temporary.stat().st_size <= MAX_BYTES:
-                break
+        temporary.write_bytes(encoded(QUALITIES[min(first, len(QUALITIES) - 1)]))

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace, progress: Callable[..., None]) -> int:
     except runner.StageFailed as failure:
         print(failure, file=sys.stderr)
         return FAILED
-    progress(f"report: {write_report(path, progress)}")
+    progress(f"report: {write_report(path, progress, arguments.n_jobs or 2)}")
     return 0
 
 
