@@ -38,7 +38,7 @@ from ctsma.registration import (
     target_registration_error_mm,
 )
 from ctsma.registration.stages import TRABECULAE_SPACING_MM, align_trabeculae, bone_depths_mm
-from ctsma.registration.trabeculae import highpass
+from ctsma.registration.trabeculae import highpass, interior
 from kneesim import Truth, protocol_sha256, read_truth
 
 STEPS = 200  # half a minute on one core
@@ -127,7 +127,7 @@ def register(ct: sitk.Image, moving: sitk.Image, mr: sitk.Image, truth: Truth) -
     for bone, depth_mm in bone_depths_mm(masks).items():
         points, true = truth.target_points_lps(bone), truth.transforms[bone]
         start = found.stages["per_bone"][bone]
-        end, metrics[bone] = align_trabeculae(ct_fine, mr_fine, depth_mm, start, 0)
+        end, metrics[bone] = align_trabeculae(interior(ct_fine, depth_mm, 0), mr_fine, start)
         for kind, transform in (("tre", start), ("polished", end.transform)):
             errors_mm = target_registration_error_mm(transform, true, points)
             row[f"{kind}_{bone}"] = float(errors_mm.mean())

@@ -64,11 +64,11 @@ def one_knee(root: Path, knee_id: str) -> list[dict]:
     rows = []
     for bone, depth_mm in depths_mm.items():
         points, true = truth.target_points_lps(bone), truth.transforms[bone]
-        deep_points, deep_hu = interior(ct_fine, depth_mm, 0)
+        inside = interior(ct_fine, depth_mm, 0)
         sizes_mm = np.append(0.0, np.exp(rng.uniform(*np.log(MOVE_MM), N_MOVES)))
         for number, size_mm in enumerate(sizes_mm):
             start = move(true, points, size_mm, rng)
-            end, _ = align_trabeculae(ct_fine, mr_fine, depth_mm, start, 0)
+            end, _ = align_trabeculae(inside, mr_fine, start)
             transforms = {"moved": start, "settled": end.transform}
             if number == 0:  # nothing was moved
                 del transforms["moved"]
@@ -76,7 +76,7 @@ def one_knee(root: Path, knee_id: str) -> list[dict]:
                 error_mm = float(target_registration_error_mm(transform, true, points).mean())
                 row = {"knee_id": knee_id, "bone": bone, "kind": kind, "move": number}
                 row |= {"error_mm": error_mm}
-                row |= registration_metrics(deep_points, deep_hu, mr_fine, transform)
+                row |= registration_metrics(*inside[:2], mr_fine, transform)
                 row["mi"] = mutual_information(ct_coarse, mr_coarse, depth_mm, transform)
                 rows.append(row)
     return rows

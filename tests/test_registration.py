@@ -29,7 +29,7 @@ from ctsma.registration import (
 from ctsma.registration.masks import BONE_HU, label_masks
 from ctsma.registration.quality import MIN_CORRELATION, flexion_deg
 from ctsma.registration.stages import align_trabeculae, bone_depths_mm, starting_transforms
-from ctsma.registration.trabeculae import MIN_VOXELS, highpass, trabecular_correlation
+from ctsma.registration.trabeculae import MIN_VOXELS, highpass, interior, trabecular_correlation
 from ctsma.registration.transforms import image_centre, recentred, sample_points, voxel_axes
 from kneesim import protocol_sha256, stage_errors_mm
 
@@ -245,11 +245,12 @@ def test_trabeculae_correct_a_bone_by_1_mm_and_do_not_correlate_elsewhere(knee):
     depth, true = bone_depths_mm(knee["masks"])["femur"], knee["true"]["femur"]
     translation = np.add(true.GetTranslation(), (1.0, 0.7, -0.9))
     start = rigid_transform(true.GetMatrix(), true.GetCenter(), translation)
-    end, metrics = align_trabeculae(*fine, depth, start, 0)
+    inside = interior(fine[0], depth, 0)
+    end, metrics = align_trabeculae(inside, fine[1], start)
     assert mean_error_mm(end.transform, true, "femur") < 0.25 and end.iterations > 0
     assert metrics["correlation"] > MIN_CORRELATION and metrics["overlap"] > 0.9
     far = rigid_transform(np.eye(3), (0, 0, 0), (500, 0, 0))
-    _, metrics = align_trabeculae(*fine, depth, far, 0)
+    _, metrics = align_trabeculae(inside, fine[1], far)
     assert metrics == {"correlation": 0.0, "overlap": 0.0}
 
 

@@ -15,7 +15,7 @@ from ctsma.files import atomic, write_json
 
 from .masks import bone_masks, isotropic, label_masks
 from .quality import failure_reason, target_registration_error_mm
-from .stages import Registration, register_knee
+from .stages import Registration, register_knee, register_scans
 from .transforms import Rigid, apply_rigid, rigid_transform, transform_points
 
 
@@ -35,10 +35,10 @@ def register_pair(knee: dict, folder: Path, *, root: str | Path, seed: int) -> d
     masks = knee_masks(knee, ct, root)
     row, files = {}, [f"{knee['knee_id']}_mask.nii.gz"]
     write_volume(masks, Path(folder) / files[0])
-    for column, prefix in (("mr", ""), ("mr_rescan", "rescan_")):
-        if not isinstance(knee.get(column), str):
-            continue
-        result = register_knee(ct, read_knee_volume(knee, column, root), masks, seed=seed)
+    columns = {"": "mr", "rescan_": "mr_rescan"}
+    prefixes = [prefix for prefix, column in columns.items() if isinstance(knee.get(column), str)]
+    scans = (read_knee_volume(knee, columns[prefix], root) for prefix in prefixes)
+    for prefix, result in zip(prefixes, register_scans(ct, scans, masks, seed=seed), strict=True):
         files += write_registration(result, folder, f"{knee['knee_id']}_{prefix}".rstrip("_"))
         row[f"{prefix}flagged"] = result.flagged
         row[f"{prefix}flexion_deg"] = result.flexion_deg

@@ -48,9 +48,8 @@ def isotropic(image: sitk.Image, spacing_mm: float) -> sitk.Image:
     grid.SetOrigin(image.TransformContinuousIndexToPhysicalPoint(first_index.tolist()))
     grid.SetSpacing([spacing_mm] * 3)
     grid.SetDirection(image.GetDirection())
-    return sitk.Resample(
-        image, grid, sitk.Transform(), sitk.sitkLinear, 0.0, sitk.sitkFloat32, True
-    )
+    linear = sitk.Transform(), sitk.sitkLinear, 0.0, sitk.sitkFloat32, True
+    return sitk.Resample(image, grid, *linear)
 
 
 def bone_masks(ct: sitk.Image) -> sitk.Image:
@@ -79,8 +78,10 @@ def bone_masks(ct: sitk.Image) -> sitk.Image:
     if bone.mean() < MIN_BONE_SHARE:
         problem = f"holds no bone above {BONE_HU:.0f} HU"
         raise InputError("CT", problem, f"give a knee CT in Hounsfield units, {OWN_LABELS}")
-    markers, femur, tibia = split_bones(bone)
-    pieces = watershed(bone, markers)
+    depth_mm = ndimage.distance_transform_edt(bone) * MASK_SPACING_MM
+    markers, femur, tibia = split_bones(depth_mm)
+    pieces = watershed(depth_mm, markers)
+    linear = sitk.Transform(), sitk.sitkLinear, -1.0, sitk.sitkFloat32, True
     masks = sitk.Image(ct.GetSize(), sitk.sitkUInt8)
     masks.CopyInformation(ct)
     for name, marker in (("femur", femur), ("tibia", tibia)):
@@ -88,10 +89,8 @@ def bone_masks(ct: sitk.Image) -> sitk.Image:
         largest = parts == np.bincount(parts[markers == marker]).argmax()
         on_coarse = sitk.GetImageFromArray(largest.astype(np.uint8))
         on_coarse.CopyInformation(coarse)
-        depth_mm = sitk.SignedMaurerDistanceMap(on_coarse, True, False, True)
-        fine = sitk.Resample(
-            depth_mm, ct, sitk.Transform(), sitk.sitkLinear, -1.0, sitk.sitkFloat32, True
-        )
+        inside_mm = sitk.SignedMaurerDistanceMap(on_coarse, True, False, True)
+        fine = sitk.Resample(inside_mm, ct, *linear)
         masks = masks + sitk.Cast(fine > 0.0, sitk.sitkUInt8) * BONES[name]
     return masks
 
@@ -177,14 +176,13 @@ def _enclosed(bone: np.ndarray, axis: int) -> np.ndarray:
     return enclosed[labels]
 
 
-def split_bones(bone: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """Separate the bones by erosion.
+def split_bones(depth_mm: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Separate the bones by erosion; `depth_mm` (z, y, x): distance to the surface, 0 outside.
 
     Returns
     -------
     markers (z, y, x) int, one number for each eroded bone; the numbers of femur and tibia.
     """
-    depth_mm = ndimage.distance_transform_edt(bone) * MASK_SPACING_MM
     for erosion_mm in EROSIONS_MM:
         markers, n = ndimage.label(depth_mm > erosion_mm)
         share = np.bincount(markers.ravel(), minlength=n + 1) / max((markers > 0).sum(), 1)
@@ -218,9 +216,9 @@ def _add_thin_bones(markers: np.ndarray, depth_mm: np.ndarray) -> np.ndarray:
     return markers
 
 
-def watershed(bone: np.ndarray, markers: np.ndarray) -> np.ndarray:
+def watershed(depth_mm: np.ndarray, markers: np.ndarray) -> np.ndarray:
     """Assign every bone voxel to a marker, along the distance to the surface; 0 outside bone."""
-    depth = sitk.GetImageFromArray(-ndimage.distance_transform_edt(bone).astype(np.float32))
+    depth = sitk.GetImageFromArray(-depth_mm.astype(np.float32))
     seeds = sitk.GetImageFromArray(markers.astype(np.uint16))
     labels = sitk.MorphologicalWatershedFromMarkers(depth, seeds, False, True)
-    return np.where(bone, sitk.GetArrayFromImage(labels), 0)
+    return np.where(depth_mm > 0, sitk.GetArrayFromImage(labels), 0)

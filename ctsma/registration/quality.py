@@ -1,7 +1,6 @@
 """Is a knee aligned? Measures that need no ground truth, and the error where it is known."""
 
 import numpy as np
-import SimpleITK as sitk
 
 from .transforms import Rigid, transform_points
 
@@ -14,10 +13,8 @@ MAX_SLICE_MM = 1.5
 MAX_FLEXION_DEG = 25.0  # the flexion of a knee differs by 0 to 15 degrees between scanners
 
 
-def target_registration_error_mm(
-    estimated: sitk.Transform, true: sitk.Transform, points_lps: np.ndarray
-) -> np.ndarray:
-    """Distance |estimated(p) - true(p)| in mm at CT points (n, 3) in LPS mm; returns (n,)."""
+def target_registration_error_mm(estimated, true, points_lps: np.ndarray) -> np.ndarray:
+    """Distance |estimated(p) - true(p)| of two transforms at CT points (n, 3), mm; returns (n,)."""
     difference = transform_points(estimated, points_lps) - transform_points(true, points_lps)
     return np.linalg.norm(difference, axis=1)
 
@@ -29,9 +26,7 @@ def flexion_deg(femur: Rigid, tibia: Rigid) -> float:
     return float(np.rad2deg(np.arccos(np.clip(cosine, -1, 1))))
 
 
-def failure_reason(
-    metrics: dict[str, dict[str, float]], flexion: float, slice_mm: float = 0.0
-) -> str:
+def failure_reason(metrics: dict[str, dict], flexion: float, slice_mm: float = 0.0) -> str:
     """One sentence that says why a knee must not be used, or "".
 
     Parameters

@@ -5,6 +5,7 @@ metric is mutual information, and in the last stage the correlation of the trabe
 one thread with an integer seed, so that every run gives the same numbers.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -101,11 +102,16 @@ class Registration:
 
 
 def register_knee(ct: sitk.Image, mr: sitk.Image, masks: sitk.Image, *, seed: int) -> Registration:
-    """Align one MR with one CT of the same knee, femur and tibia separately.
+    """`register_scans` of one MR."""
+    return next(register_scans(ct, [mr], masks, seed=seed))
+
+
+def register_scans(ct, scans, masks, *, seed) -> Iterator[Registration]:
+    """Align MRs with one CT of the same knee, femur and tibia separately; yield each result.
 
     Parameters
     ----------
-    ct : CT in HU. mr : MR of any orientation and slice thickness.
+    ct : CT in HU. scans : iterable of MRs, of any orientation and slice thickness.
     masks : uint8 labels (values of `BONES`) on the grid of the CT.
     seed : of the metric's voxel sampling; equal seeds give equal bits.
 
@@ -124,38 +130,40 @@ def register_knee(ct: sitk.Image, mr: sitk.Image, masks: sitk.Image, *, seed: in
     for bone, value in BONES.items():
         if not (sitk.GetArrayViewFromImage(masks) == value).any():
             raise InputError("masks", f"hold no {bone}", "give labels of both bones on the CT grid")
-    spacings_mm = {level.spacing_mm for level in WHOLE_KNEE + PER_BONE}
-    pyramid = {spacing: (isotropic(ct, spacing), isotropic(mr, spacing)) for spacing in spacings_mm}
+    cts = {level.spacing_mm: isotropic(ct, level.spacing_mm) for level in WHOLE_KNEE + PER_BONE}
     box = _mask_shape(masks > 0).GetBoundingBox(1)  # the last stage sees nothing else of the CT
-    pair = sitk.RegionOfInterest(ct, box[3:], box[:3]), mr
-    ct_fine, mr_fine = (highpass(isotropic(image, TRABECULAE_SPACING_MM)) for image in pair)
+    fine = highpass(isotropic(sitk.RegionOfInterest(ct, box[3:], box[:3]), TRABECULAE_SPACING_MM))
     depths_mm = bone_depths_mm(masks)
-
-    starts = starting_transforms(ct, mr)
-    score, centre = starts[0]
-    log = [Optimum(centre, 0.0, score, len(starts), "exhaustive").log_row("centre")]
-
-    best_starts = [transform for _, transform in starts[:N_STARTS]]
-    levels = multiresolution_optimise(best_starts, pyramid, WHOLE_KNEE, None, seed)
-    log += [level.log_row("whole_knee") for level in levels]
-    whole = levels[-1].transform
-
+    interiors = {bone: interior(fine, depth_mm, seed) for bone, depth_mm in depths_mm.items()}
     joint = np.mean([_mask_shape(depth > 0).GetCentroid(1) for depth in depths_mm.values()], axis=0)
-    flexed = [recentred(whole, joint, (angle, 0, 0)) for angle in FLEXIONS_DEG]
-    per_bone, final, metrics = {}, {}, {}
-    for bone, depth_mm in depths_mm.items():
-        levels = multiresolution_optimise(flexed, pyramid, PER_BONE, depth_mm, seed)
-        log += [level.log_row("per_bone", bone) for level in levels]
-        per_bone[bone] = levels[-1].transform
-        end, metrics[bone] = align_trabeculae(ct_fine, mr_fine, depth_mm, per_bone[bone], seed)
-        log.append(end.log_row("trabeculae", bone))
-        final[bone] = end.transform
 
-    stages = {"centre": dict.fromkeys(BONES, centre), "whole_knee": dict.fromkeys(BONES, whole)}
-    stages |= {"per_bone": per_bone, "trabeculae": final}
-    flexion = flexion_deg(final["femur"], final["tibia"])
-    flagged = failure_reason(metrics, flexion, max(mr.GetSpacing()))
-    return Registration(stages, log, metrics, flexion, flagged)
+    for mr in scans:
+        pyramid = {spacing: (image, isotropic(mr, spacing)) for spacing, image in cts.items()}
+        mr_fine = highpass(isotropic(mr, TRABECULAE_SPACING_MM))
+        starts = starting_transforms(ct, mr)
+        score, centre = starts[0]
+        log = [Optimum(centre, 0.0, score, len(starts), "exhaustive").log_row("centre")]
+
+        best_starts = [transform for _, transform in starts[:N_STARTS]]
+        levels = multiresolution_optimise(best_starts, pyramid, WHOLE_KNEE, None, seed)
+        log += [level.log_row("whole_knee") for level in levels]
+        whole = levels[-1].transform
+
+        flexed = [recentred(whole, joint, (angle, 0, 0)) for angle in FLEXIONS_DEG]
+        per_bone, final, metrics = {}, {}, {}
+        for bone, depth_mm in depths_mm.items():
+            levels = multiresolution_optimise(flexed, pyramid, PER_BONE, depth_mm, seed)
+            log += [level.log_row("per_bone", bone) for level in levels]
+            per_bone[bone] = levels[-1].transform
+            end, metrics[bone] = align_trabeculae(interiors[bone], mr_fine, per_bone[bone])
+            log.append(end.log_row("trabeculae", bone))
+            final[bone] = end.transform
+
+        stages = {"centre": dict.fromkeys(BONES, centre), "whole_knee": dict.fromkeys(BONES, whole)}
+        stages |= {"per_bone": per_bone, "trabeculae": final}
+        flexion = flexion_deg(final["femur"], final["tibia"])
+        flagged = failure_reason(metrics, flexion, max(mr.GetSpacing()))
+        yield Registration(stages, log, metrics, flexion, flagged)
 
 
 def starting_transforms(ct: sitk.Image, mr: sitk.Image) -> list[tuple[float, Rigid]]:
@@ -196,9 +204,9 @@ def starting_transforms(ct: sitk.Image, mr: sitk.Image) -> list[tuple[float, Rig
         grey = sitk.GetArrayFromImage(rotated)
         mr_classes = np.where(grey < OUTSIDE / 2, -1, np.digitize(grey, mr_edges))
         mr_spectrum = _class_spectrum(mr_classes, N_MR_CLASSES)
-        joint_spectrum = mr_spectrum[None] * ct_spectrum[:, None]
-        joint_counts = fft.irfftn(joint_spectrum, s=(n, n, n), axes=(2, 3, 4))
-        score = _likelihood_ratio(np.maximum(joint_counts, 0.0))
+        joint = fft.ifftn(mr_spectrum * ct_spectrum[:, None], axes=(2, 3), overwrite_x=True)
+        joint = fft.irfft(joint, n, overwrite_x=True)
+        score = _likelihood_ratio(np.maximum(joint, 0.0, out=joint))
         shift = np.array(np.unravel_index(score.argmax(), score.shape))
         shift = (shift - first_shift) % n + first_shift
         centre = middle + fixed.GetOrigin() - direction @ shift[::-1] * spacing_mm
@@ -248,21 +256,20 @@ def multiresolution_optimise(starts, pyramid, levels, depth_mm, seed) -> list[Op
     return optima
 
 
-def align_trabeculae(ct, mr, depth_mm, start, seed) -> tuple[Optimum, dict[str, float]]:
+def align_trabeculae(inside, mr, start) -> tuple[Optimum, dict[str, float]]:
     """Align the trabeculae of one bone from a start within about 2 mm.
 
     Parameters
     ----------
-    ct, mr : high-pass filtered images on 0.5 mm grids. depth_mm : as `multiresolution_optimise`.
+    inside : `interior` of a CT on a 0.5 mm grid. mr : high-pass filtered on such a grid.
     start : transform.
 
     Returns
     -------
     The optimum, and the `registration_metrics` of its transform.
     """
-    points, grey = interior(ct, depth_mm, seed)
-    end, iterations, stop = refine(points, grey, ct, mr, start)
-    metrics = registration_metrics(points, grey, mr, end)
+    end, iterations, stop = refine(*inside, mr, start)
+    metrics = registration_metrics(*inside[:2], mr, end)
     return Optimum(end, mr.GetSpacing()[0], metrics["correlation"], iterations, stop), metrics
 
 
@@ -283,11 +290,9 @@ def optimise(fixed, moving, mask, start, level, seed) -> Optimum:
     method.SetMetricUseMovingImageGradientFilter(False)
     method.SetMetricUseFixedImageGradientFilter(False)
     method.SetInterpolator(sitk.sitkLinear)
+    steps = {"learningRate": level.step_mm, "minStep": level.step_mm / 40}
     method.SetOptimizerAsRegularStepGradientDescent(
-        learningRate=level.step_mm,
-        minStep=level.step_mm / 40,
-        numberOfIterations=MAX_ITERATIONS,
-        gradientMagnitudeTolerance=1e-9,
+        **steps, numberOfIterations=MAX_ITERATIONS, gradientMagnitudeTolerance=1e-9
     )
     method.SetOptimizerScales([ROTATION_ARM_MM**2] * 3 + [1.0] * 3)
     method.SetInitialTransform(recentred(start, image_centre(fixed)), inPlace=True)

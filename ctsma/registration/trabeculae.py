@@ -36,7 +36,7 @@ def highpass(image: sitk.Image) -> sitk.Image:
     return sitk.Clamp(fine, sitk.sitkFloat32, *limits.tolist())
 
 
-def interior(ct: sitk.Image, depth_mm: sitk.Image, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def interior(ct: sitk.Image, depth_mm: sitk.Image, seed: int) -> tuple[np.ndarray, ...]:
     """Draw at most 50,000 CT voxels deep inside a bone.
 
     Parameters
@@ -45,13 +45,17 @@ def interior(ct: sitk.Image, depth_mm: sitk.Image, seed: int) -> tuple[np.ndarra
 
     Returns
     -------
-    points (n, 3) in LPS mm and grey values (n,), in seeded order.
+    points (n, 3) in LPS mm, grey values (n,) and their gradient (n, 3) per mm, which is 0 at the
+    border of the image; in seeded order.
     """
     depth = sitk.Resample(depth_mm, ct, sitk.Transform(), sitk.sitkLinear, -1e6)
-    index = np.argwhere(sitk.GetArrayViewFromImage(depth) > INTERIOR_DEPTH_MM)
-    index = index[np.random.default_rng(seed).permutation(len(index))[:N_METRIC]]
-    points = index[:, ::-1] @ voxel_axes(ct).T + ct.GetOrigin()
-    return points, sitk.GetArrayViewFromImage(ct)[tuple(index.T)]
+    voxels = np.flatnonzero(sitk.GetArrayViewFromImage(depth) > INTERIOR_DEPTH_MM)
+    voxels = voxels[np.random.default_rng(seed).permutation(len(voxels))[:N_METRIC]]
+    index = np.transpose(np.unravel_index(voxels, ct.GetSize(), order="F"))
+    points = index @ voxel_axes(ct).T + ct.GetOrigin()
+    slopes = [sample_points(ct, points + h) - sample_points(ct, points - h) for h in np.eye(3) / 2]
+    grey = sitk.GetArrayViewFromImage(ct).ravel()[voxels]
+    return points, grey, np.nan_to_num(np.transpose(slopes))
 
 
 def trabecular_correlation(hu: np.ndarray, grey: np.ndarray) -> float:
@@ -65,9 +69,7 @@ def trabecular_correlation(hu: np.ndarray, grey: np.ndarray) -> float:
     return -float(np.corrcoef(hu[seen], grey[seen])[0, 1])
 
 
-def registration_metrics(
-    points: np.ndarray, grey: np.ndarray, mr: sitk.Image, transform: Rigid
-) -> dict[str, float]:
+def registration_metrics(points, grey, mr, transform: Rigid) -> dict[str, float]:
     """Metrics of one bone under a transform, from its `interior` and the high-pass filtered MR.
 
     ``correlation`` see `trabecular_correlation`; ``overlap`` share of the interior inside the MR.
@@ -85,17 +87,21 @@ def best_shift(points: np.ndarray, grey: np.ndarray, mr: sitk.Image, start: Rigi
     n = round(SEARCH_MM / mr.GetSpacing()[0])
     index = np.rint(voxel_index(mr, apply_rigid(start, points[:N_SEARCH]))).astype(int)
     inside = ((index >= n) & (index < np.array(mr.GetSize()) - n)).all(axis=1)
-    index, hu = index[inside], grey[:N_SEARCH][inside]
-    values, steps = sitk.GetArrayViewFromImage(mr).ravel(), np.cumprod([1, *mr.GetSize()[:2]])
-    shifts = sorted(product(range(-n, n + 1), repeat=3), key=np.linalg.norm)  # nearest of equals
-    scores = [trabecular_correlation(hu, values[(index + shift) @ steps]) for shift in shifts]
+    if inside.sum() < MIN_VOXELS:
+        return start
+    hu, steps = grey[:N_SEARCH][inside], np.cumprod([1, *mr.GetSize()[:2]])
+    shifts = np.array(sorted(product(range(-n, n + 1), repeat=3), key=np.linalg.norm))
+    voxels = (index[inside] @ steps)[:, None] + shifts @ steps
+    values = sitk.GetArrayViewFromImage(mr).ravel()[voxels].astype(float)
+    values -= values.mean(axis=0)
+    scores = (hu.mean(dtype=float) - hu) @ values / np.linalg.norm(values, axis=0).clip(1e-9)
     shifted = sitk.Euler3DTransform(start)
-    best_mm = voxel_axes(mr) @ shifts[int(np.argmax(scores))]
+    best_mm = voxel_axes(mr) @ shifts[scores.argmax()]  # the nearest of equals
     shifted.SetTranslation((start.GetTranslation() + best_mm).tolist())
     return shifted
 
 
-def refine(points, grey, ct, mr, start) -> tuple[Rigid, int, str]:
+def refine(points, grey, gradient, mr, start) -> tuple[Rigid, int, str]:
     """Gauss-Newton iterations from `best_shift` to the largest trabecular correlation.
 
     The MR is fitted by the CT and its derivatives with respect to rotation and translation. Their
@@ -105,17 +111,16 @@ def refine(points, grey, ct, mr, start) -> tuple[Rigid, int, str]:
 
     Parameters
     ----------
-    points, grey : `interior` of a bone. ct, mr : high-pass filtered. start : within about 2 mm.
+    points, grey, gradient : `interior` of a bone. mr : high-pass filtered.
+    start : within about 2 mm.
 
     Returns
     -------
     The transform of the highest correlation, the number of iterations, and where they stopped.
     """
-    shifted, centre, half = best_shift(points, grey, mr, start), points.mean(axis=0), np.eye(3) / 2
-    slopes = [sample_points(ct, points + mm) - sample_points(ct, points - mm) for mm in half]
-    gradient = np.nan_to_num(np.transpose(slopes))  # per mm; 0 at the border of the image
-    turns = np.cross(points - centre, gradient)
-    columns = np.column_stack([turns, gradient, grey, np.ones(len(grey))])
+    shifted, centre = best_shift(points, grey, mr, start), points.mean(axis=0)
+    arms = points - centre
+    columns = np.column_stack([np.cross(arms, gradient), gradient, grey, np.ones(len(grey))])
     transform, best, highest, step_mm = shifted, shifted, 0.0, 0.0
     first, iterations = apply_rigid(shifted, points), 0
     while True:
@@ -129,7 +134,7 @@ def refine(points, grey, ct, mr, start) -> tuple[Rigid, int, str]:
             known = columns[seen]
             fit = np.linalg.lstsq(known.T @ known, known.T @ mr_grey[seen])[0]
             rotation, shift = -fit[:3] / fit[6], -fit[3:6] / fit[6]
-            motion_mm = np.linalg.norm(np.cross(rotation, points - centre) + shift, axis=1).mean()
+            motion_mm = np.linalg.norm(np.cross(rotation, arms) + shift, axis=1).mean()
             step_mm = min(motion_mm, MAX_STEP_MM)
         else:  # too long a step: shorten it
             step_mm /= 2

@@ -135,7 +135,7 @@ def mutual_information(bone: str, transform: Rigid) -> float:
 
 def measures(bone: str, transform: Rigid) -> dict[str, float]:
     """Mutual information (nats) and trabecular correlation; neither needs ground truth."""
-    found = registration_metrics(*knee().inner[bone], knee().mr_fine, transform)
+    found = registration_metrics(*knee().inner[bone][:2], knee().mr_fine, transform)
     mi = mutual_information(bone, transform)
     return {"mutual information": mi, "trabecular correlation": found["correlation"]}
 
@@ -156,7 +156,7 @@ def register(bone: str, start: Rigid) -> tuple[Rigid, pd.DataFrame]:
     pyramid = {mm: (isotropic(data.ct, mm), isotropic(data.mr, mm)) for mm in spacings_mm}
     depth_mm = data.depths_mm[bone]
     optima = multiresolution_optimise([start], pyramid, PER_BONE, depth_mm, 0)
-    last = align_trabeculae(data.ct_fine, data.mr_fine, depth_mm, optima[-1].transform, 0)[0]
+    last = align_trabeculae(data.inner[bone], data.mr_fine, optima[-1].transform)[0]
     transforms = {"start": start, "per_bone": optima[-1].transform, "trabeculae": last.transform}
     return last.transform, table_of(bone, transforms)
 
