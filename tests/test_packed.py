@@ -252,9 +252,10 @@ SHORT = ["ct_only", "l1_0.1", "last_0.1_cortex", "residual_l1_0.1"]
 
 
 def test_training_is_complete_resumed_and_compared(file, tmp_path, capsys):
-    train_packed.main(small(file, tmp_path, arms=SHORT, minutes=0))
+    options = small(file, tmp_path, arms=SHORT, epochs=1)
+    train_packed.main([*options, "--minutes", "0"])
     assert len(json.loads((tmp_path / "compact.json").read_text())["missing"]) == 10
-    train_packed.main(small(file, tmp_path, arms=SHORT))
+    train_packed.main(options)
     found = json.loads((tmp_path / "compact.json").read_text())
     assert found["missing"] == []
     assert found["complete"]
@@ -265,7 +266,7 @@ def test_training_is_complete_resumed_and_compared(file, tmp_path, capsys):
     assert not list(tmp_path.rglob("*.pt"))
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*fold*.npz")}
     next(path for path in files if path.name.startswith("l1_0.1_fold1")).unlink()
-    train_packed.main(small(file, tmp_path, arms=SHORT))
+    train_packed.main(options)
     assert "the teacher is trained again" in capsys.readouterr().out
     anew = "l1_0.1_fold1", "teacher_fold1"
     kept = [path for path in files if not path.name.startswith(anew)]
