@@ -275,7 +275,7 @@ def test_training_is_complete_resumed_and_compared(file, tmp_path, capsys):
 
 
 def test_a_stop_leaves_complete_folds(file, tmp_path):
-    study_options = small(file, tmp_path, arms=["ct_only"], seeds=2)
+    study_options = small(file, tmp_path, arms=["ct_only"], seeds=2, epochs=1)
     train_packed.main(study_options)
     for path in tmp_path.rglob("ct_only_fold1_seed*.npz"):
         path.unlink()
@@ -372,7 +372,7 @@ def test_the_loss_is_that_of_the_package(data):
 
 
 def test_tuning_uses_other_knees(file, tmp_path, tmp_path_factory, monkeypatch):
-    others = knee_folder(tmp_path_factory.mktemp("others"), seed=1)
+    others = knee_folder(tmp_path_factory.mktemp("others"), n_knees=4, seed=1)
     tune = others / "others.npz.xz"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(pack_patches, "N_FOLDS", 2)

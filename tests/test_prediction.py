@@ -129,7 +129,7 @@ def run(good, tmp_path_factory):
 def write_knee(path, name, side, ct, masks, rng):
     """Files of one knee in a run: CT, bone labels, patches with biomarkers that the CT shows."""
     masks = sitk.Cast(masks, sitk.sitkUInt8)
-    write_volume(ct, path / "cohort" / f"{name}_ct.nii.gz")
+    write_volume(sitk.Cast(sitk.Round(ct), sitk.sitkInt16), path / "cohort" / f"{name}_ct.nii.gz")
     write_volume(masks, path / "registration" / f"{name}_mask.nii.gz")
     table = patches.patch_centres(masks, side, 4, rng)
     bones, centres = table["compartment"].str.split("_").str[0], table[["x", "y", "z"]].to_numpy()
