@@ -57,31 +57,28 @@ def extract_true_patches(
     return row | {"files": row["files"] + measured["files"]}
 
 
-def measure_ground_truth(knee: dict, folder: Path, *, root: str, patches_folder: str) -> dict:
-    """Measure the true biomarkers of a knee's usable patches (for `map_knees`).
+def measure_ground_truth(
+    knee: dict, folder: Path, *, root: str, patches_folder: str, n_truth: int, seed: int
+) -> dict:
+    """Measure the true biomarkers of n_truth of a knee's usable patches (for `map_knees`).
 
     Reads the patches in `patches_folder`; writes `<knee>_truth.csv` into `folder`.
     """
     truth = read_truth(root, knee["knee_id"])
-    return write_ground_truth(Path(patches_folder), Path(folder), knee, truth)
+    rng = np.random.default_rng([seed, 1, *knee["knee_id"].encode()])
+    return write_ground_truth(Path(patches_folder), Path(folder), knee, truth, n_truth, rng)
 
 
 def write_ground_truth(
-    patches_folder: Path,
-    folder: Path,
-    knee: dict,
-    truth: Truth,
-    n: int | None = None,
-    rng: np.random.Generator | None = None,
+    patches_folder: Path, folder: Path, knee: dict, truth: Truth, n: int, rng: np.random.Generator
 ) -> dict:
-    """Measure and write the ground truth of a knee's usable patches, or of n drawn by `rng`."""
+    """Measure and write the ground truth of n usable patches of a knee, or all if it has fewer."""
     knee_id = knee["knee_id"]
     table = read_table(patches_folder / f"{knee_id}_table.csv")
     with np.load(patches_folder / f"{knee_id}.npz") as stored:
         voi = stored["voi"]
     table = table[table["flag"] == ""]
-    if n is not None:
-        table = table.iloc[np.sort(rng.permutation(len(table))[:n])]
+    table = table.iloc[np.sort(rng.permutation(len(table))[:n])]
     rows = []
     for patch in table.to_dict("records"):
         biomarkers = _true_biomarkers(patch, voi[patch["patch_id"]], knee["side"], truth)

@@ -428,7 +428,8 @@ def test_true_patches_are_measured_once_and_agree_with_the_ground_truth_slice(
     n_usable = int((table["flag"] == "").sum())
     assert len(some) == min(2, n_usable) > 0
     (tmp_path / "all").mkdir()
-    measure_ground_truth(knee, tmp_path / "all", root=root, patches_folder=str(tmp_path))
+    options = {"root": root, "patches_folder": str(tmp_path), "n_truth": 99, "seed": 0}
+    measure_ground_truth(knee, tmp_path / "all", **options)
     every = load_ground_truth(tmp_path / "all").set_index("patch_id")
     assert len(every) == n_usable
     for patch in some.to_dict("records"):
