@@ -23,7 +23,8 @@ torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).parents[1]
 # Files of the longest time first, so that two processes end at about the same moment.
-LONGEST = ("notebooks", "prediction", "simulation", "distillation", "registration", "tutorials")
+LONGEST = ("notebooks", "tutorials", "prediction", "cluster", "registration", "packed")
+LONGEST += ("distillation", "checks", "simulation")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,6 @@
 """Parallel work over knees and its records: what is reused, what is computed again, what fails."""
 
 import json
-import os
 import platform
 import re
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from worker_tasks import die_once, fill_disk
 
 from ctsma.cache import imported_modules, map_knees, source_sha256
 from ctsma.common import InputError
@@ -95,15 +95,6 @@ def test_a_moved_folder_is_not_computed_again(tmp_path):
     assert calls(tmp_path / "new") == ["K1"]
 
 
-def die_once(knee, folder):
-    """The first time, the second knee ends its whole process."""
-    mark = Path(folder) / "died.txt"
-    if knee["knee_id"] == "K1" and not mark.exists():
-        mark.write_text("")
-        os._exit(9)
-    return {"value": 1}
-
-
 def test_a_worker_that_dies_costs_no_finished_knee(tmp_path):
     knees = knees_of(0, 1, 2, 3)
     map_knees(die_once, knees[:1], tmp_path, {})
@@ -130,13 +121,6 @@ def test_json_is_written_whole_with_plain_values(tmp_path):
         write_json(path, {"x": object()})
     assert json.loads(path.read_text()) == plain
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
-
-
-def fill_disk(knee, folder):
-    """Writes to a device that is always full, as a disk is for every knee after the first."""
-    if knee["knee_id"] != "K0":
-        Path("/dev/full").write_text("bone")
-    return {"value": 1}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

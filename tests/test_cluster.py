@@ -6,7 +6,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import distributed
@@ -14,6 +13,7 @@ import joblib
 import pandas as pd
 import pytest
 from test_distillation import TINY, splits_of, toy
+from worker_tasks import fill_disk, square, worker_of
 
 from ctsma.cache import map_knees
 from ctsma.common import BIOMARKERS, InputError
@@ -33,17 +33,6 @@ def dask():
 
 def knees_of(n):
     return pd.DataFrame({"knee_id": [f"K{i}" for i in range(n)]})
-
-
-def square(knee, folder):
-    """Counts its calls; the first time, knee K1 ends its process if the folder says so."""
-    with (Path(folder) / "calls.txt").open("a") as stream:
-        stream.write(knee["knee_id"] + "\n")
-    deadly = Path(folder) / "deadly.txt"
-    if knee["knee_id"] == "K1" and deadly.exists():
-        deadly.unlink()
-        os._exit(9)
-    return {"value": int(knee["knee_id"][1:]) ** 2}
 
 
 def calls(folder):
@@ -79,11 +68,11 @@ def test_training_and_diagnosis_give_the_same_bits_on_a_cluster(dask, tmp_path):
     settings = TransformerSettings(max_epochs=3)
 
     def study(name):
-        found = cross_validate(patches, splits, arms, TINY, [0], tmp_path / name, n_jobs=2)
+        found = cross_validate(patches, splits, arms, TINY, [0], tmp_path / name)
         place = patches.table[["knee_id", "patch_id", "compartment", "u", "v", "w"]]
         tokens = found[found["arm"] == "ct_only"].merge(place, on=["knee_id", "patch_id"])
         tokens = {"ct_only": tokens[["subject_id", *place, *BIOMARKERS]]}
-        return found, cross_validate_arms(tokens, labels, splits, settings, n_jobs=2)
+        return found, cross_validate_arms(tokens, labels, splits, settings)
 
     with cluster.on_cluster(dask.scheduler_address, tmp_path):
         there = study("there")
@@ -95,11 +84,6 @@ def test_training_and_diagnosis_give_the_same_bits_on_a_cluster(dask, tmp_path):
     for name in weights:
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
     assert not list((tmp_path / "there").glob(".data-*"))
-
-
-def worker_of(seconds):
-    time.sleep(seconds)
-    return os.getpid()
 
 
 def test_a_worker_that_joins_late_takes_tasks_that_wait(tmp_path):
@@ -114,13 +98,6 @@ def test_a_worker_that_joins_late_takes_tasks_that_wait(tmp_path):
         client.wait_for_workers(2, timeout=60)
         pids = [first, *answers]
     assert len(pids) == 16 and len(set(pids)) == 2
-
-
-def fill_disk(knee, folder):
-    """The disk is full for the worker that reads K1, as the system says it."""
-    if knee["knee_id"] == "K1":
-        Path("/dev/full").write_text("bone")
-    return {"value": 1}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

@@ -252,9 +252,10 @@ SHORT = ["ct_only", "l1_0.1", "last_0.1_cortex", "residual_l1_0.1"]
 
 
 def test_training_is_complete_resumed_and_compared(file, tmp_path, capsys):
-    train_packed.main(small(file, tmp_path, arms=SHORT, minutes=0))
+    options = small(file, tmp_path, arms=SHORT, epochs=1)
+    train_packed.main([*options, "--minutes", "0"])
     assert len(json.loads((tmp_path / "compact.json").read_text())["missing"]) == 10
-    train_packed.main(small(file, tmp_path, arms=SHORT))
+    train_packed.main(options)
     found = json.loads((tmp_path / "compact.json").read_text())
     assert found["missing"] == []
     assert found["complete"]
@@ -265,7 +266,7 @@ def test_training_is_complete_resumed_and_compared(file, tmp_path, capsys):
     assert not list(tmp_path.rglob("*.pt"))
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*fold*.npz")}
     next(path for path in files if path.name.startswith("l1_0.1_fold1")).unlink()
-    train_packed.main(small(file, tmp_path, arms=SHORT))
+    train_packed.main(options)
     assert "the teacher is trained again" in capsys.readouterr().out
     anew = "l1_0.1_fold1", "teacher_fold1"
     kept = [path for path in files if not path.name.startswith(anew)]
@@ -274,7 +275,7 @@ def test_training_is_complete_resumed_and_compared(file, tmp_path, capsys):
 
 
 def test_a_stop_leaves_complete_folds(file, tmp_path):
-    study_options = small(file, tmp_path, arms=["ct_only"], seeds=2)
+    study_options = small(file, tmp_path, arms=["ct_only"], seeds=2, epochs=1)
     train_packed.main(study_options)
     for path in tmp_path.rglob("ct_only_fold1_seed*.npz"):
         path.unlink()
@@ -371,7 +372,7 @@ def test_the_loss_is_that_of_the_package(data):
 
 
 def test_tuning_uses_other_knees(file, tmp_path, tmp_path_factory, monkeypatch):
-    others = knee_folder(tmp_path_factory.mktemp("others"), seed=1)
+    others = knee_folder(tmp_path_factory.mktemp("others"), n_knees=4, seed=1)
     tune = others / "others.npz.xz"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(pack_patches, "N_FOLDS", 2)

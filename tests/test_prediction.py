@@ -129,7 +129,7 @@ def run(good, tmp_path_factory):
 def write_knee(path, name, side, ct, masks, rng):
     """Files of one knee in a run: CT, bone labels, patches with biomarkers that the CT shows."""
     masks = sitk.Cast(masks, sitk.sitkUInt8)
-    write_volume(ct, path / "cohort" / f"{name}_ct.nii.gz")
+    write_volume(sitk.Cast(sitk.Round(ct), sitk.sitkInt16), path / "cohort" / f"{name}_ct.nii.gz")
     write_volume(masks, path / "registration" / f"{name}_mask.nii.gz")
     table = patches.patch_centres(masks, side, 4, rng)
     bones, centres = table["compartment"].str.split("_").str[0], table[["x", "y", "z"]].to_numpy()
@@ -674,7 +674,7 @@ def test_the_cts_of_a_manifest_are_read_and_their_checksums_compared(
 
 
 def test_a_dicom_folder_gives_what_the_nifti_file_gives_without_the_name(
-    predicted, good, model, tmp_path
+    predicted, good, model, tmp_path, in_process
 ):
     ct = sitk.Cast(good[0] + 0.5, sitk.sitkInt16)
     for name, thickness_mm in (("series", 0.625), ("thick", 3.0)):

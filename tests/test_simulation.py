@@ -301,7 +301,7 @@ def test_a_knee_is_written_whole_once_and_the_same_bytes_from_one_seed(
     with monkeypatch.context() as patched:
         patched.setattr("kneesim.knees.write_truth", full)
         with pytest.raises(InputError, match="disk of .* is full"):
-            write_cohort(tmp_path, "small", 1, 5, FIELD_MM, n_rescan=1)
+            write_cohort(tmp_path, "small", 1, 5, (30.0, 30.0, 30.0))
     assert not (tmp_path / "small.csv").exists()
     path = write_cohort(tmp_path, "small", 1, 5, FIELD_MM, n_rescan=1)
     files = [*tmp_path.glob("images/k0000*"), *tmp_path.glob("truth/k0000*")]

@@ -1,9 +1,14 @@
-"""Tutorials: both versions agree, every solution is right, every wrong answer gets a hint."""
+"""Tutorials: both versions agree, every solution is right, every wrong answer gets a hint.
+
+And every other notebook that reads data of the repository, so that all share one kernel.
+"""
 
 import ast
 import base64
 import io
+import json
 import re
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -11,7 +16,7 @@ import ipywidgets
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
-import papermill
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -32,6 +37,7 @@ REPOSITORY = Path(__file__).parents[1]
 TUTORIALS = REPOSITORY / "notebooks" / "tutorials"
 DATA = REPOSITORY / "notebooks" / "data"
 SOURCES = sorted((TUTORIALS / "solutions").glob("T*.ipynb"))
+SUPPLEMENT = sorted((REPOSITORY / "notebooks" / "supplement").glob("S*.ipynb"))
 EVERY_SOURCE = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 MAX_DATA_BYTES = 8_000_000
 
@@ -362,16 +368,48 @@ def test_answers_of_wrong_exercises_are_an_error():
 @pytest.mark.parametrize(
     "stage", ["04_icc_agreement", pytest.param("05_roc_diagnosis", marks=pytest.mark.slow)]
 )
-def test_a_notebook_of_the_study_shows_the_shipped_run_and_changes_no_file(stage, tmp_path):
+def test_a_notebook_of_the_study_shows_the_shipped_run_and_changes_no_file(stage, run_notebook):
     files = {path: path.read_bytes() for path in DATA.rglob("*") if path.is_file()}
-    page, source = tmp_path / "page.ipynb", REPOSITORY / "notebooks" / f"{stage}.ipynb"
-    options = {"cwd": str(source.parent), "progress_bar": False, "kernel_name": "python3"}
-    papermill.execute_notebook(str(source), str(page), {"run_dir": "data/run"}, **options)
-    code = [cell for cell in nbformat.read(page, as_version=4).cells if cell.cell_type == "code"]
+    notebook = run_notebook(REPOSITORY / "notebooks" / f"{stage}.ipynb", run_dir="data/run")
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     shown = [output for cell in code for output in cell.outputs]
     assert any("is finished" in output.get("text", "") for output in shown)
     assert sum("image/png" in output.get("data", {}) for output in shown) >= 3
     assert files == {path: path.read_bytes() for path in DATA.rglob("*") if path.is_file()}
+
+
+def test_a_knee_with_ct_alone_is_diagnosed(tmp_path, run_notebook):
+    """Notebook 5 on 24 knees of the shipped run; the last knee is read by CT alone."""
+    run = Path(shutil.copytree(DATA / "run", tmp_path / "run"))
+    predictions = pd.read_csv(run / "models" / "predictions.csv")
+    arms, knees = ("ct_only", "ct_sma_plus", "mr_teacher"), predictions["knee_id"].unique()[:24]
+    some = predictions[predictions["arm"].isin(arms) & predictions["knee_id"].isin(knees)]
+    bare = some["knee_id"] == knees[-1]
+    some[~bare].to_csv(run / "models" / "predictions.csv", index=False)
+    some[bare].to_csv(run / "models" / "ct_only_predictions.csv", index=False)
+    few = {"n_seeds": 1, "diagnosis_epochs": 2, "n_resamples": 50, "n_permutations": 2}
+    given = {"run_dir": str(run), "n_jobs": 1, "overwrite": True} | few
+    run_notebook(REPOSITORY / "notebooks" / "05_roc_diagnosis.ipynb", **given)
+    judged = json.loads((run / "results" / "diagnosis.json").read_text())
+    assert judged["n_knees"] == len(knees) - 1
+    assert list(judged["ct_only_knees"]["probability"]) == [knees[-1]]
+    assert 0 <= judged["ct_only_knees"]["probability"][knees[-1]] <= 1
+    for name in ("auc_all", "auc_paired"):
+        assert 0 <= judged["ct_only_knees"][name]["auc"] <= 1
+
+
+def test_the_explorer_runs_on_the_shipped_data(run_notebook):
+    path = TUTORIALS / "explore.ipynb"
+    code = [cell for cell in cells_of(path) if cell.cell_type == "code"]
+    assert not [cell for cell in code if cell.outputs or cell.execution_count]
+    for cell in run_notebook(path).cells:
+        for output in cell.get("outputs", []):
+            assert output.get("name") != "stderr", output.text
+
+
+@pytest.mark.parametrize("path", SUPPLEMENT, ids=lambda path: path.stem)
+def test_a_supplement_reads_the_published_results(path, run_notebook):
+    run_notebook(path)
 
 
 def test_the_start_page_leads_everywhere():
