@@ -53,6 +53,29 @@ class Template:
         return dict(zip(names, values, strict=True))
 
 
+@compiled(inline="always")
+def place_in_grid(grid, origin, spacing, x, y, z) -> tuple:
+    """Voxel (i, j, k) of a grid (z, y, x, channels) below a point xyz mm, and share to the next.
+
+    Points beyond the grid move to its face.
+    """
+    x = min(max((x - origin[0]) / spacing, 0.0), grid.shape[2] - 1.001)
+    y = min(max((y - origin[1]) / spacing, 0.0), grid.shape[1] - 1.001)
+    z = min(max((z - origin[2]) / spacing, 0.0), grid.shape[0] - 1.001)
+    i, j, k = int(x), int(y), int(z)
+    return i, j, k, x - i, y - j, z - k
+
+
+@compiled(inline="always")
+def trilinear(grid, c, i, j, k, x, y, z) -> float:
+    """Channel c of a grid at the place that `place_in_grid` gives."""
+    low = (1 - y) * ((1 - x) * grid[k, j, i, c] + x * grid[k, j, i + 1, c])
+    low += y * ((1 - x) * grid[k, j + 1, i, c] + x * grid[k, j + 1, i + 1, c])
+    high = (1 - y) * ((1 - x) * grid[k + 1, j, i, c] + x * grid[k + 1, j, i + 1, c])
+    high += y * ((1 - x) * grid[k + 1, j + 1, i, c] + x * grid[k + 1, j + 1, i + 1, c])
+    return (1 - z) * low + z * high
+
+
 @compiled()
 def sample_grid(grid, channels, origin, spacing, points) -> np.ndarray:
     """Trilinear values (channels, n) of a grid (z, y, x, all channels) at points (n, 3) xyz mm.
@@ -61,17 +84,10 @@ def sample_grid(grid, channels, origin, spacing, points) -> np.ndarray:
     """
     out = np.empty((len(channels), len(points)), np.float32)
     for n in range(len(points)):
-        x = min(max((points[n, 0] - origin[0]) / spacing, 0.0), grid.shape[2] - 1.001)
-        y = min(max((points[n, 1] - origin[1]) / spacing, 0.0), grid.shape[1] - 1.001)
-        z = min(max((points[n, 2] - origin[2]) / spacing, 0.0), grid.shape[0] - 1.001)
-        i, j, k = int(x), int(y), int(z)
-        x, y, z = x - i, y - j, z - k
+        p = points[n]
+        i, j, k, x, y, z = place_in_grid(grid, origin, spacing, p[0], p[1], p[2])
         for place, c in enumerate(channels):
-            low = (1 - y) * ((1 - x) * grid[k, j, i, c] + x * grid[k, j, i + 1, c])
-            low += y * ((1 - x) * grid[k, j + 1, i, c] + x * grid[k, j + 1, i + 1, c])
-            high = (1 - y) * ((1 - x) * grid[k + 1, j, i, c] + x * grid[k + 1, j, i + 1, c])
-            high += y * ((1 - x) * grid[k + 1, j + 1, i, c] + x * grid[k + 1, j + 1, i + 1, c])
-            out[place, n] = (1 - z) * low + z * high
+            out[place, n] = trilinear(grid, c, i, j, k, x, y, z)
     return out
 
 

@@ -130,12 +130,19 @@ def sub_samples(
     return np.c_[offsets, weight].astype(np.float32), float(SOFT_PER_VOXEL * distance.mean())
 
 
+@compiled(inline="always")
+def in_level_set(tile, x, y, z, c, w, theta) -> bool:
+    """Whether a point in non-negative tile voxels lies in the level set."""
+    cos, sin = np.float32(np.cos(theta)), np.float32(np.sin(theta))
+    f = field_at(tile, np.float32(x), np.float32(y), np.float32(z), cos, sin)
+    return abs(f - c) < w
+
+
 @compiled()
 def is_bone(tile, points, c, w, theta) -> np.ndarray:
     """The level set (bool, n) at points (n, 3) in non-negative tile voxels; c, w, theta (n,)."""
     result = np.empty(len(points), np.bool_)
     for n in range(len(points)):
-        x, y, z = np.float32(points[n, 0]), np.float32(points[n, 1]), np.float32(points[n, 2])
-        cos, sin = np.float32(np.cos(theta[n])), np.float32(np.sin(theta[n]))
-        result[n] = abs(field_at(tile, x, y, z, cos, sin) - c[n]) < w[n]
+        p = points[n]
+        result[n] = in_level_set(tile, p[0], p[1], p[2], c[n], w[n], theta[n])
     return result

@@ -77,9 +77,11 @@ class Grid:
         extent = [(n - 1) * s for n, s in zip(self.size, self.spacing, strict=True)]
         counts = [int(np.ceil(mm / COARSE_MM)) + 2 for mm in extent]
         shape = tuple(reversed(counts))
-        k, j, i = np.meshgrid(*(np.arange(n) * COARSE_MM for n in shape), indexing="ij")
-        along = np.stack([i.ravel(), j.ravel(), k.ravel()], axis=1)
-        return along @ self.direction.T + self.origin, shape
+        k, j, i = np.ix_(*(np.arange(n) * COARSE_MM for n in shape))
+        points = np.empty((*shape, 3))
+        for axis, (di, dj, dk) in enumerate(self.direction):
+            points[..., axis] = (i * di + j * dj) + k * dk + self.origin[axis]
+        return points.reshape(-1, 3), shape
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,16 @@ import SimpleITK as sitk
 
 from ctsma.cohort import write_volume
 from ctsma.common import BONES, InputError
+from ctsma.compiled import compiled
 from ctsma.files import atomic
 from ctsma.registration import target_registration_error_mm
 from ctsma.registration.transforms import rigid_transform
 
+from .anatomy import place_in_grid, trilinear
 from .label_map import label_points
-from .microstructure import is_bone
+from .microstructure import in_level_set
 from .painting import Grid, apply
-from .subject import Microstructure, Subject, knee_tile
+from .subject import GRID_MM, Microstructure, Subject, knee_tile
 
 STORED = ("to_tile", "parameters", "origin_mm")  # fields of Microstructure
 
@@ -55,14 +57,10 @@ class Truth:
 
     def microstructure(self, bone: str, points_lps: np.ndarray) -> np.ndarray:
         """Whether there is trabecular bone at CT-space points (n, 3): the level set itself."""
-        points = self.bone_points(bone, points_lps)
-        micro = self.bones[bone]
-        c, w, theta = (np.ascontiguousarray(v) for v in micro.at(points).T[:3])
-        in_tile = points @ micro.to_tile[:, :3].T + micro.to_tile[:, 3]
-        bony = is_bone(self.tile, in_tile, c, w, theta)
-        for cyst in self.cysts[bone]:
-            bony &= np.linalg.norm(points - cyst[:3], axis=1) > cyst[3]
-        return bony
+        micro, to_bone = self.bones[bone], np.linalg.inv(self.ct_poses[bone])[:3]
+        points, cysts = np.asarray(points_lps, float), self.cysts[bone]
+        grid, origin = micro.parameters, micro.origin_mm
+        return _is_bone_at(points, to_bone, self.tile, micro.to_tile, grid, origin, cysts)
 
     def sizes_mm(self) -> dict[str, float]:
         """Breadth (left to right) of femur and tibia, depth (front to back) of both condyles, mm.
@@ -82,6 +80,40 @@ class Truth:
             "medial_condyle_depth": float(np.ptp(medial[:, 1])),
             "lateral_condyle_depth": float(np.ptp(lateral[:, 1])),
         }
+
+
+@compiled(inline="always")
+def _moved(matrix, x, y, z) -> tuple:
+    """Affine (3, 4) on a point."""
+    a, b, c = matrix[0], matrix[1], matrix[2]
+    return (
+        a[0] * x + a[1] * y + a[2] * z + a[3],
+        b[0] * x + b[1] * y + b[2] * z + b[3],
+        c[0] * x + c[1] * y + c[2] * z + c[3],
+    )
+
+
+@compiled()
+def _is_bone_at(points, to_bone, tile, to_tile, parameters, origin, cysts) -> np.ndarray:
+    """Whether there is trabecular bone (n,) at points (n, 3).
+
+    to_bone, to_tile : affine (3, 4) from points to the bone's frame, and on to tile voxels.
+    parameters, origin : of `Microstructure`. cysts : (m, 4) x, y, z, radius in the bone's frame.
+    """
+    result = np.empty(len(points), np.bool_)
+    for n in range(len(points)):
+        p = points[n]
+        x, y, z = _moved(to_bone, p[0], p[1], p[2])
+        i, j, k, u, v, w = place_in_grid(parameters, origin, GRID_MM, x, y, z)
+        rodness = np.float32(trilinear(parameters, 0, i, j, k, u, v, w))
+        half_width = np.float32(trilinear(parameters, 1, i, j, k, u, v, w))
+        theta = np.float32(trilinear(parameters, 2, i, j, k, u, v, w))
+        tx, ty, tz = _moved(to_tile, x, y, z)
+        result[n] = in_level_set(tile, tx, ty, tz, rodness, half_width, theta)
+        for m in range(len(cysts)):
+            square = (x - cysts[m, 0]) ** 2 + (y - cysts[m, 1]) ** 2 + (z - cysts[m, 2]) ** 2
+            result[n] &= np.sqrt(square) > cysts[m, 3]
+    return result
 
 
 def motion(matrix: np.ndarray) -> sitk.Euler3DTransform:

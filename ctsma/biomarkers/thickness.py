@@ -10,6 +10,18 @@ FAR = 2**30
 
 
 @compiled()
+def _sweep(surface, result):
+    """Along the middle axis (k, n, m): result <- squared distance to a True voxel, if less."""
+    for k in range(surface.shape[0]):
+        last = np.full(surface.shape[2], np.int32(FAR**0.5))
+        for step in range(2 * surface.shape[1]):  # there and back
+            i = min(step, 2 * surface.shape[1] - 1 - step)
+            for x in range(last.size):
+                last[x] = 0 if surface[k, i, x] else min(last[x] + 1, np.int32(FAR**0.5))
+                result[k, i, x] = min(result[k, i, x], last[x] ** 2)
+
+
+@compiled()
 def _lower_envelope(values, result):
     """Along the middle axis (k, n, m): result[i] <- min over j of values[j] + (i - j)^2.
 
@@ -32,12 +44,12 @@ def _lower_envelope(values, result):
 
 def squared_distance(surface: np.ndarray, axes: tuple[int, ...] = (2, 1, 0)) -> np.ndarray:
     """Exact squared distance (int32, voxel^2) along `axes` to the next True voxel; FAR if none."""
-    distance = np.where(surface, np.int32(0), np.int32(FAR))
+    distance, kernel = surface, _sweep
     for axis in axes:
         lines = np.ascontiguousarray(np.moveaxis(distance, axis, 1))
-        _lower_envelope(lines, result := np.empty_like(lines))
-        distance = np.moveaxis(result, 1, axis)
-    return np.ascontiguousarray(np.minimum(distance, FAR))
+        kernel(lines, result := np.full(lines.shape, FAR, np.int32))
+        distance, kernel = np.moveaxis(result, 1, axis), _lower_envelope
+    return np.ascontiguousarray(distance)
 
 
 def _covering_radius2(largest: int) -> np.ndarray:
@@ -52,7 +64,6 @@ def _covering_radius2(largest: int) -> np.ndarray:
         norm2 = z**2 + y**2 + x**2
         for k, along in enumerate((x, x + y, x + y + z), 1):
             np.maximum.at(cover[k], norm2, norm2 + 2 * along + k)
-    cover[0] = FAR
     return np.maximum.accumulate(cover, axis=1).astype(np.int32)
 
 
@@ -62,69 +73,62 @@ def _ridge(radius2, cover):
     nz, ny, nx = radius2.shape
     kept = np.empty(radius2.shape, np.bool_)
     for z, y in np.ndindex(nz, ny):
-        margin = radius2[z, y].copy()  # below the nearest bound
-        bounds = cover[:, margin]
+        # Largest squared radius of this row, and of the rows one and two steps away.
+        largest = np.zeros((3, nx + 2), np.int32)
         for k in range(max(z - 1, 0), min(z + 2, nz)):
             for j in range(max(y - 1, 0), min(y + 2, ny)):
-                for step in (-1, 0, 1):
-                    row, bound = radius2[k, j], bounds[abs(k - z) + abs(j - y) + abs(step)]
-                    for x in range(max(-step, 0), nx - max(step, 0)):
-                        margin[x] = min(margin[x], np.int32(bound[x] - row[x + step]))
-        kept[z, y] = margin > 0
+                row, near = radius2[k, j], largest[abs(k - z) + abs(j - y)]
+                for x in range(nx):
+                    near[x + 1] = max(near[x + 1], row[x])
+        for x in range(nx):
+            face = max(largest[1, x + 1], largest[0, x], largest[0, x + 2])
+            edge = max(largest[2, x + 1], largest[1, x], largest[1, x + 2])
+            corner = max(largest[2, x], largest[2, x + 2])
+            bound = cover[:, radius2[z, y, x]]
+            kept[z, y, x] = bound[1] > face and bound[2] > edge and bound[3] > corner
     return kept
 
 
 @compiled()
-def _paint(radius2, centres):
+def _paint(radius2, centres, unpainted):
     """Squared radius of the largest ball over each voxel, from centres in order of falling radius.
 
-    The first write counts. `following[z, y, x]` is the next unpainted voxel of the row from x on.
+    The first write counts; voxels without one have a ball of radius 1. `unpainted` holds a bit for
+    each voxel of the phase, eight of a row in a byte.
     """
     nz, ny, nx = radius2.shape
-    painted = np.zeros_like(radius2)
-    following = np.full((nz, ny, nx + 1), nx, np.int32)
-    for z, y, x in np.ndindex(radius2.shape):
-        if radius2[z, y, x] > 0:
-            following[z, y, x] = x
-    for x in range(nx - 1, -1, -1):
-        following[:, :, x] = np.minimum(following[:, :, x], following[:, :, x + 1])
-    roots = np.sqrt(np.arange(radius2.max() + 1)).astype(np.int32)
+    painted = np.minimum(radius2, np.int32(1))
+    roots = np.sqrt(np.arange(radius2.max() + 1)).astype(np.int64)
     for centre in centres:
         cz, cy, cx = centre // (ny * nx), centre // nx % ny, centre % nx
-        size = radius2[cz, cy, cx]
-        reach = roots[size]
-        for z in range(max(cz - reach, 0), min(cz + reach + 1, nz)):
+        size = np.int64(radius2[cz, cy, cx])
+        for z in range(max(cz - roots[size], 0), min(cz + roots[size] + 1, nz)):
+            in_plane = size - (z - cz) ** 2
+            reach = roots[in_plane]
             for y in range(max(cy - reach, 0), min(cy + reach + 1, ny)):
-                rest = size - (z - cz) ** 2 - (y - cy) ** 2
-                if rest < 0:
-                    continue
-                half = roots[rest]
-                row, x = following[z, y], max(cx - half, 0)
-                while True:
-                    while row[x] != x:
-                        row[x] = row[row[x]]
-                        x = row[x]
-                    if x >= nx or x > cx + half:
-                        break
-                    painted[z, y, x] = size
-                    row[x] = row[x + 1]
+                half, row = roots[in_plane - (y - cy) ** 2], unpainted[z, y]
+                first, last = max(cx - half, 0), min(cx + half, nx - 1)
+                for byte in range(first // 8, last // 8 + 1):
+                    low, high = max(first - byte * 8, 0), min(last - byte * 8, 7)
+                    bits = row[byte] & ((2 << high) - (1 << low))
+                    if bits:
+                        row[byte] ^= bits
+                        for x in range(low, high + 1):
+                            if bits >> x & 1:
+                                painted[z, y, byte * 8 + x] = size
     return painted
 
 
-@compiled()
-def _clean_surface(thickness, surface):
+def _clean_surface(thickness: np.ndarray, surface: np.ndarray) -> np.ndarray:
     """Give each surface voxel the mean of its face neighbours inside the phase, if any."""
-    cleaned, (nz, ny, nx) = thickness.copy(), thickness.shape
-    for z, y, x in np.ndindex(thickness.shape):
-        total, count = np.float32(0), np.float32(0)
-        for axis in range(3 if surface[z, y, x] else 0):
-            for step in (1, -1):
-                k, j, i = z + step * (axis == 0), y + step * (axis == 1), x + step * (axis == 2)
-                if 0 <= k < nz and 0 <= j < ny and 0 <= i < nx and not surface[k, j, i]:
-                    total += thickness[k, j, i]
-                    count += thickness[k, j, i] > 0
-        if total > 0:
-            cleaned[z, y, x] = total / count
+    inner = np.pad(np.where(surface, np.float32(0), thickness), 1)
+    places = np.flatnonzero(np.pad(surface, 1))
+    total, count = np.zeros((2, places.size), np.float32)
+    for step in np.outer(inner.strides, (1, -1)).ravel() // inner.itemsize:
+        neighbour = inner.ravel()[places + step]
+        total, count = total + neighbour, count + (neighbour > 0)
+    cleaned = thickness.copy()
+    cleaned[surface] = np.where(total > 0, total / np.maximum(count, 1), thickness[surface])
     return cleaned
 
 
@@ -134,9 +138,10 @@ def largest_balls(phase: np.ndarray, opposite: np.ndarray) -> tuple[np.ndarray, 
     Both in voxel^2, 0 outside the phase; neither phase may be empty.
     """
     radius2 = np.where(phase, squared_distance(opposite), 0)
-    centres = np.flatnonzero(_ridge(radius2, _covering_radius2(int(radius2.max()))))
+    centres = np.flatnonzero(_ridge(radius2, _covering_radius2(radius2.max())) & (radius2 > 1))
     order = np.argsort(-radius2.ravel()[centres], kind="stable")
-    return radius2, _paint(radius2, centres[order])
+    unpainted = np.packbits(phase, axis=-1, bitorder="little")
+    return radius2, _paint(radius2, centres[order], unpainted)
 
 
 def diameters(radius2: np.ndarray, covering: np.ndarray, clean_up: bool = True) -> np.ndarray:
