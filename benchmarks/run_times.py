@@ -3,13 +3,18 @@
     python benchmarks/run_times.py runs/quick runs/full
 
 Reads the records of the stages. Each must have run whole: what a stopped run reused is not in its
-time. Writes docs/results/run_times.json, one entry per profile; other profiles keep theirs.
+time. Writes docs/results/run_times.json, one entry per profile; other profiles keep theirs. Beside
+the minutes stands the rate of this machine in a matrix product, so run it where the runs were made.
 """
 
 import argparse
 import json
 import os
+import time
 from pathlib import Path
+
+import numpy as np
+from threadpoolctl import threadpool_limits
 
 from ctsma.common import InputError
 from ctsma.files import write_json
@@ -29,9 +34,21 @@ def measured(run: Path) -> tuple[str, dict]:
         "minutes": {stage: round(rows[stage]["seconds"] / 60, 2) for stage in STAGES},
         "n_knees": results["n_knees"],
         "cores": os.cpu_count(),
+        "gflops_per_core": round(matrix_product_gflops()),
         "git_commit": results["git_commit"],
         "finished": rows[STAGES[-1]]["finished"],
     }
+
+
+def matrix_product_gflops(size: int = 1024) -> float:
+    """Rate of a float32 matrix product on one thread, best of ten."""
+    a, seconds = np.ones((size, size), np.float32), []
+    with threadpool_limits(1):
+        for _ in range(10):
+            started = time.perf_counter()
+            a @ a
+            seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds) / 1e9
 
 
 def main() -> None:
