@@ -123,7 +123,7 @@ def test_a_second_run_has_nothing_to_do(tiny, monkeypatch, capsys):
     before = {file: file.stat().st_mtime_ns for file in (tiny / "results").iterdir()}
     monkeypatch.chdir(tiny.parents[1])
     # The report of the first run stays: test_report.py writes reports again.
-    monkeypatch.setattr("ctsma_lab.commands.run.write_report", lambda run, report: run / "report")
+    monkeypatch.setattr("ctsma_lab.commands.run.write_report", lambda run, *_: run / "report")
     assert cli.main(["run", "--profile", "tiny", "--jobs", "2"]) == 0
     assert capsys.readouterr().out.count("unchanged, skipped") == len(RESULTS)
     assert before == {file: file.stat().st_mtime_ns for file in (tiny / "results").iterdir()}
