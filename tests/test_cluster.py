@@ -61,6 +61,21 @@ def test_an_unfit_cluster_is_one_sentence(dask, tmp_path, monkeypatch):
         cluster.connect(dask.scheduler_address, tmp_path)
 
 
+def test_diagnosis_gives_the_same_bits_on_a_cluster(dask, tmp_path):
+    patches = toy()
+    splits = splits_of(patches)
+    labels = pd.Series({subject: int(subject[1:]) // 2 % 2 for subject in splits["subject_id"]})
+    columns = ["subject_id", "knee_id", "patch_id", "compartment", "u", "v", "w", *BIOMARKERS]
+    tokens = {"mr_reference": patches.table[columns]}
+    settings = TransformerSettings(max_epochs=3)
+    here = cross_validate_arms(tokens, labels, splits, settings)
+    with cluster.on_cluster(dask.scheduler_address, tmp_path):
+        there = cross_validate_arms(tokens, labels, splits, settings)
+    pd.testing.assert_frame_equal(here, there, check_exact=True)
+    assert here["score"].nunique() > 1
+
+
+@pytest.mark.slow  # both workers import MONAI
 def test_training_and_diagnosis_give_the_same_bits_on_a_cluster(dask, tmp_path):
     patches, arms = toy(), ["hu_regression", "mr_teacher", "ct_only", "ct_sma_plus"]
     splits = splits_of(patches)
