@@ -4,6 +4,7 @@
 
 simulation    the same knees of the full field of view, by step
 ground_truth  true biomarkers of the patches of simulated knees
+registration  one MR with its CT, files read and written
 training      four epochs of teacher and student on random patches, 16 of a knee
 scaling       whole runs of 10, 20, 40 ... knees up to --knees, and the exponent of their cost
 
@@ -91,7 +92,7 @@ def ground_truth(n_knees: int) -> dict[str, float]:
     from kneesim.knees import simulate_knee
     from kneesim.patch_truth import write_ground_truth
 
-    def measure(row: dict) -> None:
+    def measure_truth(row: dict) -> None:
         folder, truth = Path(root), kneesim.read_truth(root, row["knee_id"])
         write_ground_truth(folder, folder, row, truth, 16, np.random.default_rng(SEED))
 
@@ -101,10 +102,28 @@ def ground_truth(n_knees: int) -> dict[str, float]:
         for row in rows:
             row |= simulate_knee(row, Path(root), root=root, seed=SEED)
             kneesim.extract_true_patches(row, Path(root), root=root, **cutting)
-        measure(rows[-1])
+        measure_truth(rows[-1])
         started = time.process_time()
         for row in rows[:-1]:
-            measure(row)
+            measure_truth(row)
+        return {"total": (time.process_time() - started) / n_knees}
+
+
+def registration(n_knees: int) -> dict[str, float]:
+    """CPU seconds of registering the MR of a knee with its CT; the simulation is not counted."""
+    import kneesim
+    from ctsma.registration import register_pair
+    from kneesim.knees import simulate_knee
+
+    rows = kneesim.draw_subjects(kneesim.load_protocol(), n_knees + 1, SEED).to_dict("records")
+    with tempfile.TemporaryDirectory() as root:
+        for row in rows:
+            row |= simulate_knee(row, Path(root), root=root, seed=SEED)
+            row.pop("mr_rescan", None)
+        register_pair(rows[-1], Path(root), root=root, seed=SEED)
+        started = time.process_time()
+        for row in rows[:-1]:
+            register_pair(row, Path(root), root=root, seed=SEED)
         return {"total": (time.process_time() - started) / n_knees}
 
 
@@ -169,6 +188,7 @@ def scaling(n_knees: int) -> dict[str, float]:
 PARTS = {
     "simulation": simulation,
     "ground_truth": ground_truth,
+    "registration": registration,
     "training": training,
     "scaling": scaling,
 }
