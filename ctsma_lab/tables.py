@@ -191,6 +191,11 @@ def large_cohort_title(found: Mapping) -> str:
     )
 
 
+# Models of the control without effect of disease, named in docs/large_cohort_protocol.md.
+CONTROLLED = ("ct_only", "hu_regression_calibrated", "ct_sma_plus", "mr_reference")
+CONTROLLED += ("mean HU, logistic",)
+
+
 def large_cohort_sentences(found: Mapping) -> list[str]:
     """What the study of many knees by CT alone says of the diagnosis; none before it ran."""
     if not found:
@@ -205,6 +210,15 @@ def large_cohort_sentences(found: Mapping) -> list[str]:
             cause, quantity = QUESTIONS[row["a"], row["b"]]
             p = f"Holm p = {row['p_holm']:.2g}"
             sentences.append(f"{cause} {effect_in_words(quantity, row)}, {p}.")
+    if control := found.get("zero_effect"):
+        values = [control["auc"][name] for name in CONTROLLED]
+        aucs = [value["auc"] for value in values]
+        n_inside = sum(value["ci_low"] <= 0.5 <= value["ci_high"] for value in values)
+        sentences.append(
+            f"Control, {control['n_knees']} knees whose bone has no effect of disease: the AUC of "
+            f"{len(values)} models is {min(aucs):.2f} to {max(aucs):.2f}, and {n_inside} of their "
+            f"{len(values)} intervals contain 0.5."
+        )
     return sentences
 
 

@@ -171,3 +171,14 @@ def test_the_summary_has_one_claim_a_sentence():
         "The published distillation loss lowers the AUC of the CT network by 0.003 (95 % CI 0.001 "
         "to 0.005), Holm p = 0.02."
     )
+    around = {"auc": 0.5, "ci_low": 0.4, "ci_high": 0.6}
+    models = dict.fromkeys(tables.CONTROLLED, around)
+    models["ct_only"] = {"auc": 0.58, "ci_low": 0.51, "ci_high": 0.65}
+    found["zero_effect"] = {
+        "n_knees": 90,
+        "auc": models | {"ct_only, svm": interval | {"auc": 0.9}},
+    }
+    assert tables.large_cohort_sentences(found)[-1] == (
+        "Control, 90 knees whose bone has no effect of disease: the AUC of 5 models is 0.50 to "
+        "0.58, and 4 of their 5 intervals contain 0.5."
+    )

@@ -298,7 +298,8 @@ def test_the_summary_says_one_thing_a_line_with_the_numbers_of_the_files(results
 def test_many_knees_have_one_sentence_for_each_arm_and_question():
     shipped = tables.read_large_cohort(ROOT / "docs" / "results")
     lines = tables.large_cohort_sentences(shipped)
-    assert len(lines) == 3 + len(tables.QUESTIONS)
+    assert len(lines) == 3 + len(tables.QUESTIONS) + 1
+    assert f"{shipped['zero_effect']['n_knees']} knees" in lines[-1]
     for row in shipped["questions"]:
         if row["model"] == "Transformer":
             value = f"{abs(row['difference']):.3f}"
