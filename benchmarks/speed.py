@@ -86,21 +86,28 @@ def simulation(n_knees: int) -> dict[str, float]:
     }
 
 
+def simulated_knees(n_knees: int, root: str) -> list[dict]:
+    """Manifest rows of knees of the full field of view, whose files are written below `root`."""
+    import kneesim
+    from kneesim.knees import simulate_knee
+
+    rows = kneesim.draw_subjects(kneesim.load_protocol(), n_knees, SEED).to_dict("records")
+    return [row | simulate_knee(row, Path(root), root=root, seed=SEED) for row in rows]
+
+
 def ground_truth(n_knees: int) -> dict[str, float]:
     """CPU seconds per knee of the true biomarkers of its patches; the knees are not counted."""
     import kneesim
-    from kneesim.knees import simulate_knee
     from kneesim.patch_truth import write_ground_truth
 
     def measure_truth(row: dict) -> None:
         folder, truth = Path(root), kneesim.read_truth(root, row["knee_id"])
         write_ground_truth(folder, folder, row, truth, 16, np.random.default_rng(SEED))
 
-    rows = kneesim.draw_subjects(kneesim.load_protocol(), n_knees + 1, SEED).to_dict("records")
     cutting = {"n_per_compartment": 4, "n_truth": 1, "seed": SEED, "definition": "plate"}
     with tempfile.TemporaryDirectory() as root:
+        rows = simulated_knees(n_knees + 1, root)
         for row in rows:
-            row |= simulate_knee(row, Path(root), root=root, seed=SEED)
             kneesim.extract_true_patches(row, Path(root), root=root, **cutting)
         measure_truth(rows[-1])
         started = time.process_time()
@@ -111,14 +118,11 @@ def ground_truth(n_knees: int) -> dict[str, float]:
 
 def registration(n_knees: int) -> dict[str, float]:
     """CPU seconds of registering the MR of a knee with its CT; the simulation is not counted."""
-    import kneesim
     from ctsma.registration import register_pair
-    from kneesim.knees import simulate_knee
 
-    rows = kneesim.draw_subjects(kneesim.load_protocol(), n_knees + 1, SEED).to_dict("records")
     with tempfile.TemporaryDirectory() as root:
+        rows = simulated_knees(n_knees + 1, root)
         for row in rows:
-            row |= simulate_knee(row, Path(root), root=root, seed=SEED)
             row.pop("mr_rescan", None)
         register_pair(rows[-1], Path(root), root=root, seed=SEED)
         started = time.process_time()
@@ -129,7 +133,6 @@ def registration(n_knees: int) -> dict[str, float]:
 
 def training(n_knees: int) -> dict[str, float]:
     """CPU seconds per knee of four epochs of a teacher and of a student, on random patches."""
-    import numpy as np
     import pandas as pd
     import torch
 

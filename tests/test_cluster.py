@@ -75,7 +75,7 @@ def test_diagnosis_gives_the_same_bits_on_a_cluster(dask, tmp_path):
     assert here["score"].nunique() > 1
 
 
-@pytest.mark.slow  # both workers import MONAI
+@pytest.mark.slow  # four workers import MONAI
 def test_training_and_diagnosis_give_the_same_bits_on_a_cluster(dask, tmp_path):
     patches, arms = toy(), ["hu_regression", "mr_teacher", "ct_only", "ct_sma_plus"]
     splits = splits_of(patches)
@@ -83,11 +83,11 @@ def test_training_and_diagnosis_give_the_same_bits_on_a_cluster(dask, tmp_path):
     settings = TransformerSettings(max_epochs=3)
 
     def study(name):
-        found = cross_validate(patches, splits, arms, TINY, [0], tmp_path / name)
+        found = cross_validate(patches, splits, arms, TINY, [0], tmp_path / name, n_jobs=2)
         place = patches.table[["knee_id", "patch_id", "compartment", "u", "v", "w"]]
         tokens = found[found["arm"] == "ct_only"].merge(place, on=["knee_id", "patch_id"])
         tokens = {"ct_only": tokens[["subject_id", *place, *BIOMARKERS]]}
-        return found, cross_validate_arms(tokens, labels, splits, settings)
+        return found, cross_validate_arms(tokens, labels, splits, settings, n_jobs=2)
 
     with cluster.on_cluster(dask.scheduler_address, tmp_path):
         there = study("there")

@@ -105,7 +105,7 @@ assert not (ctsma.files.ROOT / "pyproject.toml").exists(), ctsma.files.ROOT
 assert cli.main(["run", "--profile", "tiny", "--dry-run"]) == 0
 notebooks = ctsma_lab.runner.NOTEBOOKS
 print(json.dumps([
-    len(ctsma_predict.model.read_about(SHIPPED_MODEL)["members"]),
+    len(ctsma_predict.model.load_ensemble(SHIPPED_MODEL).members),
     len(list(notebooks.rglob("*.ipynb"))),
     len(list((notebooks / "../docs/results/full").glob("*.json"))),
     (ctsma.files.SHARE / "data_manifest" / "datapackage.json").exists(),

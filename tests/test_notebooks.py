@@ -30,7 +30,7 @@ CT_ARMS += ("ct_sma_plus",)
 def tiny(tmp_path_factory):
     """Folder of one finished tiny run, by the command in a process of its own."""
     base = tmp_path_factory.mktemp("study")
-    command = [sys.executable, "-m", "ctsma.cli", "run", "--profile", "tiny", "--jobs", "1"]
+    command = [sys.executable, "-m", "ctsma.cli", "run", "--profile", "tiny", "--jobs", "2"]
     done = subprocess.run(command, cwd=base, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return base / "runs" / "tiny"

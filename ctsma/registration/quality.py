@@ -26,7 +26,9 @@ def flexion_deg(femur: Rigid, tibia: Rigid) -> float:
     return float(np.rad2deg(np.arccos(np.clip(cosine, -1, 1))))
 
 
-def failure_reason(metrics: dict[str, dict], flexion: float, slice_mm: float = 0.0) -> str:
+def failure_reason(
+    metrics: dict[str, dict[str, float]], flexion: float, slice_mm: float = 0.0
+) -> str:
     """One sentence that says why a knee must not be used, or "".
 
     Parameters

@@ -290,9 +290,11 @@ def optimise(fixed, moving, mask, start, level, seed) -> Optimum:
     method.SetMetricUseMovingImageGradientFilter(False)
     method.SetMetricUseFixedImageGradientFilter(False)
     method.SetInterpolator(sitk.sitkLinear)
-    steps = {"learningRate": level.step_mm, "minStep": level.step_mm / 40}
     method.SetOptimizerAsRegularStepGradientDescent(
-        **steps, numberOfIterations=MAX_ITERATIONS, gradientMagnitudeTolerance=1e-9
+        learningRate=level.step_mm,
+        minStep=level.step_mm / 40,
+        numberOfIterations=MAX_ITERATIONS,
+        gradientMagnitudeTolerance=1e-9,
     )
     method.SetOptimizerScales([ROTATION_ARM_MM**2] * 3 + [1.0] * 3)
     method.SetInitialTransform(recentred(start, image_centre(fixed)), inPlace=True)

@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace, progress: Callable[..., None]) -> int:
     except runner.StageFailed as failure:
         print(failure, file=sys.stderr)
         return FAILED
-    progress(f"report: {write_report(path, progress, arguments.n_jobs or 2)}")
+    n_jobs = int(parameters.get("n_jobs", 2))  # of --jobs or --set
+    progress(f"report: {write_report(path, progress, n_jobs)}")
     return 0
 
 
