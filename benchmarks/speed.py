@@ -168,8 +168,6 @@ def scaling(n_knees: int) -> dict[str, float]:
     """CPU seconds per knee of whole runs by number of knees, and the exponent of their cost."""
     import resource
 
-    import numpy as np
-
     counts = [10 * 2**k for k in range(20) if 10 * 2**k <= n_knees]
     if len(counts) < 2:
         sys.exit("scaling: compares runs of 10 and more knees; give --knees 20 or more.")
