@@ -40,7 +40,7 @@ from kneesim.difficulty import difficulty
 from kneesim.painting import COARSE_MM, Grid, make_grid, tissue_fields
 from kneesim.patch_truth import write_ground_truth
 from kneesim.protocol import CALIBRATION, PROTOCOL
-from kneesim.subject import Subject, make_subject
+from kneesim.subject import Subject, make_subject, tile_shape
 from kneesim.truth import motion
 
 # Field of view beyond a patch: kernels, rotation, seam of the k-space cut.
@@ -120,7 +120,8 @@ def scanned(
         labels=labels,
         targets={},
         ct_poses=poses["ct"],
-        tile=subject.tile,
+        tile_seed=streams,
+        tile_shape=tile_shape(constants),
         bones=subject.bones,
         cysts=subject.cysts,
     )

@@ -34,7 +34,7 @@ from ctsma.distillation import Settings, TeacherCache, make_fold
 from ctsma.distillation.data import IMAGES, knee_batches, make_batch, prepare_in_files
 from ctsma.files import git_commit, versions, write_json, write_text
 from ctsma.models import build
-from ctsma_lab import views
+from ctsma_lab import diagnosis_views
 from dicom_import.checks import check_knees
 from kneesim import draw_subjects, load_protocol
 
@@ -145,7 +145,7 @@ def diagnose(run: Path, folder: Path, n: int) -> None:
     subjects = knees.loc[labels.index, "subject_id"]
     diagnosis.bootstrap_auc(labels, scores["ct_only"], subjects.to_numpy(), rng)
     diagnosis.compare_delong(labels, scores["ct_only"], scores["ct_sma"])
-    views.permute_labels(labels, subjects, splits, rng)
+    diagnosis_views.permute_labels(labels, subjects, splits, rng)
 
 
 STEPS = {

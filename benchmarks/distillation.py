@@ -54,8 +54,8 @@ from ctsma.distillation.data import make_input, ridge_prediction
 from ctsma.distillation.training import autocast, with_teacher_labels
 from ctsma.files import atomic, git_commit, write_json, write_text
 from ctsma.models import N_CALIBRATED, Network, build, fit_ridge, ridge_features
+from ctsma_lab.agreement_views import nested
 from ctsma_lab.training_views import read_records
-from ctsma_lab.views import nested
 from kneesim import draw_subjects, load_protocol, protocol_sha256
 from kneesim import knees as simulator
 from kneesim.difficulty import ridge_estimates

@@ -35,7 +35,8 @@ from ctsma.distillation import load_model, predict, prepare
 from ctsma.distillation.data import ridge_of
 from ctsma.files import git_commit, sha256_file, versions, write_json, write_text
 from ctsma.models import apply_ridge
-from ctsma_lab import views
+from ctsma_lab import diagnosis_views
+from ctsma_lab.agreement_views import nested
 from ctsma_lab.cluster import on_cluster
 from ctsma_lab.run import Run
 from kneesim import draw_subjects, load_protocol, protocol_sha256
@@ -184,7 +185,7 @@ def agreement_of(estimated_patches: pd.DataFrame) -> dict:
     pairs = list(dict.fromkeys([*QUESTIONS, *COMPARISONS]))
     found = agreement.paired_differences(estimated_patches, pairs, rng, N_RESAMPLES)
     differences = found[found["biomarker"] == "mean"].drop(columns="biomarker")
-    arms = views.nested(table, columns)
+    arms = nested(table, columns)
     return {"arms": arms, "differences": differences.to_dict("records")}
 
 
@@ -259,7 +260,7 @@ def permuted(scorer: Scorer, tokens: pd.DataFrame, owners: pd.Series) -> dict:
     """Control: AUC of Transformers of one seed that are trained on permuted labels."""
     rng, aucs = np.random.default_rng(SEED), []
     for draw in range(N_PERMUTATIONS):
-        labels = views.permute_labels(scorer.labels, owners, scorer.splits, rng)
+        labels = diagnosis_views.permute_labels(scorer.labels, owners, scorer.splits, rng)
         found = scorer.scores(f"permuted {draw}", tokens, labels, [draw])
         aucs.append(diagnosis.auc_delong(labels.loc[found["knee_id"]], found["score"])["auc"])
     low, high = np.percentile(aucs, [2.5, 97.5])
@@ -340,11 +341,11 @@ def measure(given: argparse.Namespace) -> tuple[dict, pd.DataFrame]:
         "questions": answers(truth, scores),
         "calibration": {name: diagnosis.calibration(truth, scores[name]) for name in probabilities},
         "calibration_curve": {
-            name: views.calibration_curve(truth, scores[name], N_GROUPS).to_dict("list")
+            name: diagnosis_views.calibration_curve(truth, scores[name], N_GROUPS).to_dict("list")
             for name in shown
         },
         "decision": {
-            name: views.net_benefit(truth, scores[name], THRESHOLDS).to_dict("list")
+            name: diagnosis_views.net_benefit(truth, scores[name], THRESHOLDS).to_dict("list")
             for name in shown
         },
         "subgroups": subgroups(truth, scores, scanner),

@@ -32,7 +32,7 @@ from monai.inferers import SlidingWindowInferer
 from ctsma.cohort import read_volume, write_volume
 from ctsma.files import git_commit, versions, write_json
 from ctsma.patches import CT_SHAPE, CT_SPACING_MM
-from ctsma_predict import estimate, load_ensemble
+from ctsma_predict.model import estimate, load_ensemble
 from kneesim import draw_subjects, knees, load_protocol
 from kneesim.subject import make_subject
 

@@ -49,7 +49,7 @@ def read_pair(root: Path, knee_id: str) -> tuple[sitk.Image, sitk.Image]:
     """CT and MR of a simulated knee."""
     row = {"knee_id": knee_id}
     for name in ("ct", "mr"):
-        row[name] = f"images/{knee_id}_{name}.nii.gz"
+        row[name] = f"images/{knee_id}_{name}.nii"
     return read_knee_volume(row, "ct", root), read_knee_volume(row, "mr", root)
 
 

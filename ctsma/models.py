@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ctsma.common import BIOMARKERS
+from ctsma.patches import to_ct_grid
 
 # Channels of the three compact stages: twice as many learn no more from 64 knees; design choice
 WIDTHS = (16, 16, 32)
@@ -162,11 +163,6 @@ def _paper(role: str) -> Network:
     )
     stem = teacher_stem if role == "teacher" else student_stem
     return Network(stem, stages, head, edge=PAPER_EDGE[role], published=True)
-
-
-def to_ct_grid(fine: np.ndarray) -> np.ndarray:
-    """Mean of an MR patch or mask (n, 12, 48, 48) over each CT voxel: (n, 12, 24, 24) float32."""
-    return fine.reshape(len(fine), 12, 24, 2, 24, 2).mean((3, 5), dtype=np.float32)
 
 
 def ct_features(ct: np.ndarray, voi: np.ndarray) -> np.ndarray:

@@ -352,6 +352,11 @@ def patch_grid(
     return grid
 
 
+def to_ct_grid(fine: np.ndarray) -> np.ndarray:
+    """Mean of an MR patch or mask (n, 12, 48, 48) over each CT voxel: (n, 12, 24, 24) float32."""
+    return fine.reshape(len(fine), 12, 24, 2, 24, 2).mean((3, 5), dtype=np.float32)
+
+
 def grid_points(grid: sitk.Image) -> ndarray:
     """Physical points (slices, rows, columns, 3) of a grid's voxel centres, LPS mm."""
     ranges = [np.arange(n) for n in reversed(grid.GetSize())]

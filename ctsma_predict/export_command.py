@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from ctsma_predict import export_model
+from ctsma_predict.model import export_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ctsma.common import FAILED, InputError
 from ctsma.files import SHARE
-from ctsma_predict import listed_cts, manifest_cts, predict_cts
+from ctsma_predict.folder import listed_cts, manifest_cts, predict_cts
 
 SHIPPED_MODEL = SHARE / "models" / "full"  # trained by the published run
 

@@ -4,6 +4,7 @@ Only quality assurance and teaching read it.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ class Truth:
     labels : bone labels (BONES) on the CT grid.
     targets : by bone, points (n, 3) in CT space 1 to 10 mm below the bearing surface.
     ct_poses : by bone, (4, 4) from the bone's own frame to CT space.
-    tile, bones, cysts : the microstructure, as in `Subject`.
+    tile_seed, tile_shape, bones, cysts : the microstructure; its tile is made when it is read.
     """
 
     transforms: dict[str, sitk.Euler3DTransform]
@@ -43,9 +44,15 @@ class Truth:
     labels: sitk.Image
     targets: dict[str, np.ndarray]
     ct_poses: dict[str, np.ndarray]
-    tile: np.ndarray
+    tile_seed: list[int]
+    tile_shape: tuple[float, float]
     bones: dict[str, Microstructure]
     cysts: dict[str, np.ndarray]
+
+    @cached_property
+    def tile(self) -> np.ndarray:
+        """As in `Subject`."""
+        return knee_tile(self.tile_seed, *self.tile_shape)
 
     def target_points_lps(self, bone: str) -> np.ndarray:
         """Points (n, 3) 1 to 10 mm below the bearing surface, CT space, inside all images."""
@@ -193,7 +200,8 @@ def read_truth(root: str | Path, knee_id: str) -> Truth:
         labels=sitk.ReadImage(str(folder / f"{knee_id}_labels.nii.gz")),
         targets={bone: arrays[f"{bone}_targets"] for bone in BONES},
         ct_poses={bone: arrays[f"{bone}_pose"] for bone in BONES},
-        tile=knee_tile(arrays["tile_seed"].tolist(), *arrays["tile_shape"].tolist()),
+        tile_seed=arrays["tile_seed"].tolist(),
+        tile_shape=tuple(arrays["tile_shape"].tolist()),
         bones=bones,
         cysts={bone: arrays[f"{bone}_cysts"] for bone in BONES},
     )

@@ -16,7 +16,7 @@ from ctsma.agreement import (
     paired_differences,
 )
 from ctsma.common import BIOMARKERS, InputError
-from ctsma_lab.views import cohort_matches, nested
+from ctsma_lab.agreement_views import cohort_matches, nested
 from ctsma_predict.conformal import conformal_radius, cross_conformal
 
 # Bland & Altman 1986, Lancet: first readings of 17 subjects, peak expiratory flow rate in l/min

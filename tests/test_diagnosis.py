@@ -24,7 +24,7 @@ from ctsma.diagnosis import (
     tokens_by_arm,
 )
 from ctsma.diagnosis.statistics import hanley_mcneil_se
-from ctsma_lab.views import (
+from ctsma_lab.diagnosis_views import (
     calibration_curve,
     label_problem,
     net_benefit,

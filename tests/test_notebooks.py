@@ -170,7 +170,7 @@ def test_the_studys_model_reads_a_ct(tiny, tmp_path, monkeypatch, in_process):
     about = json.loads((model / "model.json").read_text())
     assert about["metrics"]["icc"] == results(tiny, "agreement")["icc"][about["arm"]]
     knee = (tiny / "cohort" / "simulated.csv").read_text().splitlines()[1].split(",")
-    given = f"{tiny / 'cohort' / 'images' / knee[0]}_ct.nii.gz:{knee[2]}"
+    given = f"{tiny / 'cohort' / 'images' / knee[0]}_ct.nii:{knee[2]}"
     options = ("--model", str(model), "--out", str(out), "--jobs", "1")
     assert cli.main(["predict", given, *options]) == 0
     assert (out / f"{knee[0]}-ct" / "report.html").exists()

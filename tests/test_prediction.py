@@ -18,7 +18,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-import ctsma_predict as prediction
 from ctsma import patches
 from ctsma.cache import content_hash
 from ctsma.cohort import write_volume
@@ -30,6 +29,9 @@ from ctsma.registration import bone_masks
 from ctsma_lab import cli
 from ctsma_predict import folder, knee, limits
 from ctsma_predict import model as model_directory
+from ctsma_predict.folder import listed_cts, manifest_cts, predict_cts
+from ctsma_predict.knee import biomarker_maps, predict_knee
+from ctsma_predict.model import estimate, export_model, load_ensemble, read_about
 from kneesim import knees as simulated
 from kneesim.protocol import draw_subjects, load_protocol
 from kneesim.subject import make_subject
@@ -156,12 +158,12 @@ def write_knee(path, name, side, ct, masks, rng):
 @pytest.fixture(scope="session")
 def model(run, tmp_path_factory):
     """A model directory."""
-    return prediction.export_model(run, tmp_path_factory.mktemp("models") / "small", ARM)
+    return export_model(run, tmp_path_factory.mktemp("models") / "small", ARM)
 
 
 @pytest.fixture(scope="session")
 def ensemble(model):
-    return prediction.load_ensemble(model)
+    return load_ensemble(model)
 
 
 @pytest.fixture(scope="session")
@@ -172,20 +174,20 @@ def ct_file(good, tmp_path_factory):
 @pytest.fixture(scope="session")
 def good_knee(good, ensemble):
     """What the good CT gives."""
-    return prediction.predict_knee(*good, ensemble)
+    return predict_knee(*good, ensemble)
 
 
 @pytest.fixture(scope="session")
 def predicted(ct_file, good, model, tmp_path_factory):
     """Results of the good CT and of one that does not exist: folder and table."""
     out = tmp_path_factory.mktemp("out")
-    cts = prediction.listed_cts([f"{ct_file}:{good[1]}", f"{ct_file.parent}/none.nii.gz:L"])
-    return out, prediction.predict_cts(cts, model, out)
+    cts = listed_cts([f"{ct_file}:{good[1]}", f"{ct_file.parent}/none.nii.gz:L"])
+    return out, predict_cts(cts, model, out)
 
 
 # ---------------------------------------------------------------- the model directory
 def test_a_model_directory_is_complete_reproducible_and_names_no_subject(model, run, tmp_path):
-    about = prediction.read_about(model)
+    about = read_about(model)
     networks = {
         f"{ARM}_fold{fold}_seed0{end}" for fold in (0, 1) for end in (".json", ".safetensors")
     }
@@ -207,13 +209,13 @@ def test_a_model_directory_is_complete_reproducible_and_names_no_subject(model, 
 
     again = Path(shutil.copytree(model, tmp_path / "again"))
     (again / "check.safetensors").write_bytes(b"")
-    prediction.export_model(run, again, ARM)
+    export_model(run, again, ARM)
     for file in model.iterdir():
         assert file.read_bytes() == (again / file.name).read_bytes(), file.name
 
 
 def test_the_card_states_the_numbers_of_model_json(model):
-    card, about = (model / "MODEL_CARD.md").read_text(), prediction.read_about(model)
+    card, about = (model / "MODEL_CARD.md").read_text(), read_about(model)
     assert "{" not in card
     assert "**simulated**" in card
     assert "| BV/TV | 0.5 (0.4 to 0.6) | 0.9 |" in card
@@ -224,13 +226,13 @@ def test_the_card_states_the_numbers_of_model_json(model):
 
 def test_export_refuses_what_it_cannot_export(run, tmp_path):
     with pytest.raises(InputError, match="choose among ct_only"):
-        prediction.export_model(run, tmp_path / "m", "ct_magic")
+        export_model(run, tmp_path / "m", "ct_magic")
     with pytest.raises(InputError, match="no network ct_only of seed 7"):
-        prediction.export_model(run, tmp_path / "m", ARM, seed=7)
+        export_model(run, tmp_path / "m", ARM, seed=7)
     with pytest.raises(InputError, match="does not exist"):
-        prediction.export_model(tmp_path, tmp_path / "m", ARM)
+        export_model(tmp_path, tmp_path / "m", ARM)
     with pytest.raises(InputError, match="holds no model"):
-        prediction.export_model(run, run, ARM)
+        export_model(run, run, ARM)
     assert list(tmp_path.iterdir()) == []
     assert (run / "results").exists()
 
@@ -289,7 +291,7 @@ def test_a_damaged_or_changed_model_is_refused(model, tmp_path, damage, reason):
     copy = Path(shutil.copytree(model, tmp_path / "copy"))
     damage(copy)
     with pytest.raises(InputError, match=reason):
-        prediction.load_ensemble(copy)
+        load_ensemble(copy)
 
 
 def test_the_estimate_is_the_mean_of_the_members_in_their_units(ensemble, run):
@@ -297,8 +299,8 @@ def test_the_estimate_is_the_mean_of_the_members_in_their_units(ensemble, run):
     ct, voi = data.ct[:].astype(np.float32), data.voi[:]
     cortical_hu = patches.mean_cortical_hu(data.table)
     first = ct[:5], voi[:5], cortical_hu[:5]
-    alone = [prediction.estimate([member], *first) for member in ensemble.members]
-    together = prediction.estimate(ensemble.members, *first)
+    alone = [estimate([member], *first) for member in ensemble.members]
+    together = estimate(ensemble.members, *first)
     np.testing.assert_allclose(together, np.mean(alone, axis=0), rtol=1e-12)
     assert not np.allclose(*alone)
     # a member predicts its own test fold as it did in the study, which computed in float32 too
@@ -306,7 +308,7 @@ def test_the_estimate_is_the_mean_of_the_members_in_their_units(ensemble, run):
     wanted = predictions[predictions["fold"] == record["fold"]].head(3)
     keys = list(zip(data.table["knee_id"], data.table["patch_id"], strict=True))
     rows = [keys.index(key) for key in zip(wanted["knee_id"], wanted["patch_id"], strict=True)]
-    found = prediction.estimate(ensemble.members[:1], ct[rows], voi[rows], cortical_hu[rows])
+    found = estimate(ensemble.members[:1], ct[rows], voi[rows], cortical_hu[rows])
     np.testing.assert_allclose(found, wanted[list(BIOMARKERS)], rtol=1e-5)
 
 
@@ -425,7 +427,7 @@ def test_a_good_ct_gives_every_number_with_its_interval(good_knee, ensemble):
 def test_maps_hold_the_estimates_below_the_joint_and_zero_elsewhere(good_knee):
     usable = good_knee.patches[good_knee.patches["flag"] == ""]
     masks = sitk.GetArrayViewFromImage(good_knee.masks)
-    for name, image in prediction.biomarker_maps(good_knee).items():
+    for name, image in biomarker_maps(good_knee).items():
         values = sitk.GetArrayViewFromImage(image)
         inside = values != 0
         assert not (inside & (masks == 0)).any()
@@ -455,12 +457,12 @@ def test_orientation_field_of_view_and_the_other_knee_change_nothing(
 ):
     columns, wanted = list(BIOMARKERS), good_knee.compartments[list(BIOMARKERS)]
     ct, side = good
-    turned = prediction.predict_knee(sitk.DICOMOrient(ct, "PIR"), side, ensemble).compartments
+    turned = predict_knee(sitk.DICOMOrient(ct, "PIR"), side, ensemble).compartments
     pd.testing.assert_frame_equal(wanted, turned[columns], rtol=1e-5)
     # another view moves a mask by a part of a voxel; of two knees each is the other's mirror image
     both = both_knees(*wide)
     for view, side in ((both, "L"), (both, "R")):
-        found = prediction.predict_knee(view, side, ensemble).compartments
+        found = predict_knee(view, side, ensemble).compartments
         pd.testing.assert_frame_equal(wanted, found[columns], rtol=0.02)
 
 
@@ -498,7 +500,7 @@ def with_metal(ct):
 )
 def test_a_ct_unlike_those_of_training_is_refused_with_the_reason(good, ensemble, spoil, reason):
     with pytest.raises(InputError, match=reason):
-        prediction.predict_knee(spoil(good[0]), good[1], ensemble)
+        predict_knee(spoil(good[0]), good[1], ensemble)
 
 
 def test_the_wrong_side_is_noticed_by_the_fibula(good):
@@ -521,12 +523,12 @@ def test_own_labels_replace_the_threshold_and_tell_which_knee_is_meant(
 ):
     ct, side = good
     labels = sitk.DICOMOrient(bone_masks(ct), "RAI")
-    found = prediction.predict_knee(ct, side, ensemble, labels=labels)
+    found = predict_knee(ct, side, ensemble, labels=labels)
     error = found.compartments[list(BIOMARKERS)] / good_knee.compartments[list(BIOMARKERS)] - 1
     assert error.abs().to_numpy().max() < 0.02
     noisy = scaled(ct, noise=150)  # threshold masks may fail, the limits still hold
     with pytest.raises(InputError, match="noise|distance"):
-        prediction.predict_knee(noisy, side, ensemble, labels=labels)
+        predict_knee(noisy, side, ensemble, labels=labels)
     joint = knee.joint_view(wide[0], side, sitk.Resample(labels, wide[0]))
     assert np.less(np.multiply(joint.GetSize(), joint.GetSpacing()), 125).all()
 
@@ -572,7 +574,7 @@ def test_maps_keep_an_oblique_grid_in_another_order(good, ensemble):
     turn.SetRotation(0.02, 0.03, -0.02)
     direction = np.reshape(turn.GetMatrix(), (3, 3)) @ np.reshape(ct.GetDirection(), (3, 3))
     ct.SetDirection(direction.ravel())
-    found = prediction.predict_knee(ct, good[1], ensemble)
+    found = predict_knee(ct, good[1], ensemble)
     whole = folder.on_grid_of(ct, found.masks)
     assert whole.GetSize() == ct.GetSize()
     labels = sitk.GetArrayViewFromImage(whole)
@@ -591,17 +593,17 @@ def test_a_second_call_keeps_right_results_and_renews_others(
     predicted, ct_file, good, model, tmp_path, in_process
 ):
     out = Path(shutil.copytree(predicted[0], tmp_path / "out"))
-    cts, before = prediction.listed_cts([f"{ct_file}:{good[1]}"]), time_stamps(out)
+    cts, before = listed_cts([f"{ct_file}:{good[1]}"]), time_stamps(out)
     ct_file.touch()  # the content is the same
-    again = prediction.predict_cts(cts, model, out)
+    again = predict_cts(cts, model, out)
     assert time_stamps(out) == before
     assert again.loc[0, "seconds"] == predicted[1].loc[0, "seconds"]
     (out / "knee" / "bv_tv.nii.gz").write_bytes(b"damaged")
-    prediction.predict_cts(cts, model, out)
+    predict_cts(cts, model, out)
     assert sitk.ReadImage(str(out / "knee" / "bv_tv.nii.gz")).GetSize() == good[0].GetSize()
     truncated = tmp_path / "knee.nii.gz"
     truncated.write_bytes(ct_file.read_bytes()[:1000])
-    table = prediction.predict_cts(prediction.listed_cts([str(truncated)], good[1]), model, out)
+    table = predict_cts(listed_cts([str(truncated)], good[1]), model, out)
     assert table.loc[0, "error"].startswith(str(truncated))
     assert not (out / "knee").exists()  # no result of the older CT beside the new error
 
@@ -611,24 +613,24 @@ def test_an_unfinished_write_leaves_nothing(ct_file, good, model, tmp_path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(folder, "write_report", full)
-    cts = prediction.listed_cts([f"{ct_file}:{good[1]}"])
+    cts = listed_cts([f"{ct_file}:{good[1]}"])
     with pytest.raises(
         InputError, match="cannot be written, as the disk of .* is full; free space"
     ):
-        prediction.predict_cts(cts, model, tmp_path)
+        predict_cts(cts, model, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"records"}
     assert not list((tmp_path / "records").iterdir())
 
 
 def test_sides_and_names_are_read_from_the_command():
-    table = prediction.listed_cts(["a/ct.nii.gz:L", "b/ct.nii.gz", "b/my_knee.v2:R"], "R")
+    table = listed_cts(["a/ct.nii.gz:L", "b/ct.nii.gz", "b/my_knee.v2:R"], "R")
     assert table["side"].tolist() == ["L", "R", "R"]
     assert table["knee_id"].tolist() == ["a-ct", "b-ct", "b-my-knee"]
     with pytest.raises(InputError, match="has no side"):
-        prediction.listed_cts(["a.nii.gz"])
+        listed_cts(["a.nii.gz"])
     with pytest.raises(InputError, match="hold one twice"):
-        prediction.listed_cts(["a.nii.gz:L", "./a.nii.gz:L"])
-    both = prediction.listed_cts(["legs.nii.gz:L", "legs.nii.gz:R"])
+        listed_cts(["a.nii.gz:L", "./a.nii.gz:L"])
+    both = listed_cts(["legs.nii.gz:L", "legs.nii.gz:R"])
     assert both["knee_id"].nunique() == 2
 
 
@@ -661,15 +663,15 @@ def test_the_cts_of_a_manifest_are_read_and_their_checksums_compared(
     two = {"knee_id": "two", "subject_id": "b", "side": good[1], "mr": "mr.nii.gz"}  # no CT
     rows = pd.DataFrame([one | {"ct_sha256": "ab" * 32}, two]).reindex(columns=HEADER)
     rows.to_csv(tmp_path / "own.csv", index=False)
-    cts = prediction.manifest_cts(tmp_path / "own.csv", ct_file.parent)
+    cts = manifest_cts(tmp_path / "own.csv", ct_file.parent)
     assert cts[["knee_id", "side", "ct"]].to_numpy().tolist() == [["one", good[1], str(ct_file)]]
-    table = prediction.predict_cts(cts, model, tmp_path / "out")
+    table = predict_cts(cts, model, tmp_path / "out")
     assert "differs from ct_sha256" in table.loc[0, "error"]
     assert not (tmp_path / "out" / "one").exists()
     rows.assign(ct_sha256="", ct_labels="none.nii.gz").to_csv(tmp_path / "own.csv", index=False)
-    cts = prediction.manifest_cts(tmp_path / "own.csv", ct_file.parent)
+    cts = manifest_cts(tmp_path / "own.csv", ct_file.parent)
     assert cts["ct_labels"].tolist() == [str(ct_file.parent / "none.nii.gz")]
-    table = prediction.predict_cts(cts, model, tmp_path / "out")
+    table = predict_cts(cts, model, tmp_path / "out")
     assert "none.nii.gz: does not exist" in table.loc[0, "error"]
 
 
@@ -680,8 +682,8 @@ def test_a_dicom_folder_gives_what_the_nifti_file_gives_without_the_name(
     for name, thickness_mm in (("series", 0.625), ("thick", 3.0)):
         write_series(tmp_path / name, ct, SliceThickness=thickness_mm)
         (tmp_path / name / ".DS_Store").write_bytes(b"\0\0\0\1Bud1" + bytes(200))
-    cts = prediction.listed_cts([str(tmp_path / "series"), str(tmp_path / "thick")], good[1])
-    table = prediction.predict_cts(cts, model, tmp_path / "out")
+    cts = listed_cts([str(tmp_path / "series"), str(tmp_path / "thick")], good[1])
+    table = predict_cts(cts, model, tmp_path / "out")
     columns = [f"{name}_{place}" for name in BIOMARKERS for place in COMPARTMENTS]
     found, wanted = (one.loc[0, columns].astype(float) for one in (table, predicted[1]))
     np.testing.assert_allclose(found, wanted, rtol=1e-3)
@@ -694,7 +696,7 @@ def test_a_dicom_folder_gives_what_the_nifti_file_gives_without_the_name(
 @pytest.mark.slow
 def test_a_ct_simulated_from_a_real_knee_is_read(real_data, ensemble):
     image, side = simulated_ct(1, (92.0, 84.0, 72.0), real_data / "knee_labels.nrrd")
-    found = prediction.predict_knee(sitk.Cast(image, sitk.sitkFloat32), side, ensemble)
+    found = predict_knee(sitk.Cast(image, sitk.sitkFloat32), side, ensemble)
     assert found.compartments["n_patches"].sum() >= 20
     assert np.isfinite(found.compartments["bv_tv"]).all()
 
@@ -711,7 +713,7 @@ def shipped(request):
 
 
 def test_the_shipped_model_is_the_one_reported(shipped):
-    about = prediction.read_about(shipped)
+    about = read_about(shipped)
     results = REPOSITORY / "docs" / "results" / shipped.name
     agreement, diagnosis = (
         json.loads((results / f"{name}.json").read_text()) for name in ("agreement", "diagnosis")
@@ -732,15 +734,15 @@ def test_the_shipped_model_is_the_one_reported(shipped):
 def test_the_shipped_model_is_small_and_reproduces_its_stored_estimates(shipped):
     assert sum(file.stat().st_size for file in shipped.iterdir()) < 8e6
     assert {file.suffix for file in shipped.iterdir()} == {".json", ".safetensors", ".md"}
-    members = prediction.load_ensemble(shipped).members
+    members = load_ensemble(shipped).members
     check = load_file(shipped / "check.safetensors")
     ct = check["ct"].astype(np.float32)
-    found = prediction.estimate(members, ct, check["voi"], check["cortical_hu"])
+    found = estimate(members, ct, check["voi"], check["cortical_hu"])
     np.testing.assert_allclose(found, check["estimate"], rtol=1e-4)
 
 
 def test_the_shipped_model_reads_a_simulated_knee(shipped, good):
-    found = prediction.predict_knee(*good, prediction.load_ensemble(shipped))
+    found = predict_knee(*good, load_ensemble(shipped))
     assert found.compartments["n_patches"].min() > 0
     # the range of the simulated cohort
     assert found.compartments["bv_tv"].between(0.1, 0.6).all()

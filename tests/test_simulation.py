@@ -309,9 +309,9 @@ def test_a_knee_is_written_whole_once_and_the_same_bytes_from_one_seed(
     for file in files:
         other = cohort.parent / file.relative_to(tmp_path)
         assert file.read_bytes() == other.read_bytes(), file.name
-    before = (tmp_path / "images/k0000_ct.nii.gz").stat().st_mtime_ns
+    before = (tmp_path / "images/k0000_ct.nii").stat().st_mtime_ns
     assert write_cohort(tmp_path, "small", 1, 5, FIELD_MM, n_rescan=1) == path
-    assert (tmp_path / "images/k0000_ct.nii.gz").stat().st_mtime_ns == before
+    assert (tmp_path / "images/k0000_ct.nii").stat().st_mtime_ns == before
 
 
 def test_a_knee_that_fails_stops_the_cohort_with_its_reason(tmp_path):
@@ -406,7 +406,7 @@ def test_without_effects_an_ill_knee_is_the_healthy_one_bit_for_bit(tmp_path):
         root = tmp_path / f"{change['oa']}_{protocol is None}"
         given = {"root": root, "seed": 5, "field_of_view_mm": (50, 35, 35), "protocol": protocol}
         simulate_knee(knee | change, root, **given)
-        return [(root / f"images/k0000_{scan}.nii.gz").read_bytes() for scan in ("ct", "mr")]
+        return [(root / f"images/k0000_{scan}.nii").read_bytes() for scan in ("ct", "mr")]
 
     without = images(ill, null)
     assert images(healthy, null) == without

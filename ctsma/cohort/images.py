@@ -2,7 +2,6 @@
 
 import errno
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from ctsma.common import InputError
 from ctsma.files import atomic
 
 from .dicom import MIN_SLICES, is_dicom, read_dicom
-from .nifti import VOXEL_OFFSET, check_nifti, read_nifti
+from .nifti import VOXEL_OFFSET, check_nifti, format_extent, read_nifti
 
 VOXEL_MM = (0.05, 10.0)  # design choice: a spacing beyond these is not in mm
 CORTICAL_HU = 250.0  # cortical bone lies above; the published code's bone threshold
@@ -64,11 +63,6 @@ def write_volume(image: sitk.Image, path: str | Path) -> Path:
         if path.name.endswith(".nii.gz"):
             _check_written(image, temporary)
     return path
-
-
-def format_extent(values: Sequence[float]) -> str:
-    """Size or spacing of an image as text, for example "0.5 x 0.5 x 0.7"."""
-    return " x ".join(f"{value:.4g}" for value in values)
 
 
 def _read_file(path: Path) -> sitk.Image:

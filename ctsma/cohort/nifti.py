@@ -1,6 +1,7 @@
 """NIfTI-1 files. Headers are checked first: ITK and nibabel repair many of them silently."""
 
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel
@@ -59,6 +60,11 @@ def read_nifti(path: Path, header: sitk.ImageFileReader) -> sitk.Image:
     return image
 
 
+def format_extent(values: Sequence[float]) -> str:
+    """Size or spacing of an image as text, for example "0.5 x 0.5 x 0.7"."""
+    return " x ".join(f"{value:.4g}" for value in values)
+
+
 def _voxel_problem(header: nibabel.Nifti1Header) -> str:
     """What is wrong with dimensions, place, type or scaling of the voxels; "" where nothing is.
 
@@ -86,7 +92,7 @@ def _orientation_problem(header: nibabel.Nifti1Header) -> str:
     header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # NIfTI-1: 0 means 1
     pixdim = header["pixdim"][1:4].astype(float)
     if not (np.isfinite(pixdim).all() and pixdim.min() > 0):
-        return f"has the voxel size {_listed(pixdim)}"
+        return f"has the voxel size {format_extent(pixdim)}"
     try:
         (sform, s_code), (qform, q_code) = header.get_sform(True), header.get_qform(True)
     except (ValueError, HeaderDataError):
@@ -96,7 +102,8 @@ def _orientation_problem(header: nibabel.Nifti1Header) -> str:
     chosen = sform if s_code == SCANNER or q_code == 0 else qform
     size = np.linalg.norm(chosen[:3, :3], axis=0)
     if not (np.isfinite(chosen).all() and np.allclose(size / pixdim, 1, atol=SPACING_TOLERANCE)):
-        return f"has the voxel size {_listed(size)} in its affine, {_listed(pixdim)} in pixdim"
+        sizes = format_extent(size), format_extent(pixdim)
+        return "has the voxel size {} in its affine, {} in pixdim".format(*sizes)
     cosine = np.abs(chosen[:3, :3].T @ chosen[:3, :3] / np.outer(size, size) - np.eye(3)).max()
     if cosine > AXIS_TOLERANCE:
         angle = np.degrees(np.arccos(cosine))
@@ -108,7 +115,3 @@ def _orientation_problem(header: nibabel.Nifti1Header) -> str:
         if mirrored or (s_code == q_code != ALIGNED and not apart < pixdim.min() / 2):
             return f"has an sform and a qform that place its corners up to {apart:.3g} mm apart"
     return ""
-
-
-def _listed(values: np.ndarray) -> str:
-    return " x ".join(f"{value:.4g}" for value in values)

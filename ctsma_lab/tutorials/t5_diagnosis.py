@@ -31,7 +31,7 @@ from ctsma.diagnosis import (
     cross_validate_tabular,
 )
 from ctsma.diagnosis.statistics import hanley_mcneil_se
-from ctsma_lab import figures, views
+from ctsma_lab import diagnosis_views, figures
 
 from .data import read_knees, read_patches
 from .exercises import Exercise, number_near
@@ -212,7 +212,7 @@ def draw_calibration(factor: float) -> Figure:
     area = auc_delong(table["oa"], values)["auc"]
     figure, ax = plt.subplots(figsize=(4.8, 4.8), layout="constrained")
     title = f"AUC {area:.3f}, slope {found['slope']:.2f}, Brier score {found['brier']:.3f}"
-    curve = views.calibration_curve(table["oa"], values)
+    curve = diagnosis_views.calibration_curve(table["oa"], values)
     figures.calibration(ax, curve, title, figures.PALETTE[0])
     return figure
 
@@ -225,11 +225,11 @@ def draw_decision(threshold: float) -> Figure:
     for arm in (ARM, "reference"):
         table = scores(arm)
         name = arm if arm in ARMS else "MR reference"
-        curves[name] = views.net_benefit(table["oa"], table["score"], thresholds)
+        curves[name] = diagnosis_views.net_benefit(table["oa"], table["score"], thresholds)
     figures.decision(ax, curves)
     ax.lines[-1].set_color(figures.PALETTE[6])
     ax.axvline(threshold, color="black", linestyle="--", linewidth=0.9)
-    one = views.net_benefit(scores()["oa"], scores()["score"], [threshold]).iloc[0]
+    one = diagnosis_views.net_benefit(scores()["oa"], scores()["score"], [threshold]).iloc[0]
     ax.set_title(f"threshold {threshold:.2f}: {one['model']:.3f}, treat all {one['treat_all']:.3f}")
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
