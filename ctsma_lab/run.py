@@ -16,6 +16,7 @@ from ctsma.files import git_commit, sha256_file, versions, write_json, write_tex
 from ctsma_lab.cluster import ADDRESS, backend_of, connect
 
 SCHEMA_VERSION = 2
+MARGIN_INCH = 0.1  # around a figure
 RESULTS = {  # the notebooks of the main line in their order, and the results file of each
     "01_cohort": "cohort",
     "02_registration_qa": "registration",
@@ -143,8 +144,12 @@ class Run:
         if not self.writes:
             return
         stem = self.folder("figures") / name
-        figure.savefig(stem.with_suffix(".png"), dpi=200, bbox_inches="tight")
-        figure.savefig(stem.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
+        # It is laid out here once, and not again for each file and for the notebook.
+        figure.draw_without_rendering()
+        figure.set_layout_engine(None)
+        box = figure.get_tightbbox().padded(MARGIN_INCH)
+        figure.savefig(stem.with_suffix(".png"), dpi=200, bbox_inches=box)
+        figure.savefig(stem.with_suffix(".svg"), bbox_inches=box, metadata={"Date": None})
         if data is not None:
             self.write_table(f"figures/{name}.csv", data)
 

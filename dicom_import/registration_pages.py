@@ -96,9 +96,9 @@ def draw_images(
     for bone in BONES:
         for plane in PLANES:
             grid = _plane_grid(plane, bone, masks, centres)
-            shown["ct"].append(_sample(ct, grid, sitk.Transform()))
-            shown["mr"].append(_sample(mr, grid, transforms[bone]))
-            shown["before"].append(_sample(mr, grid, unregistered))
+            shown["ct"].append(sample_plane(ct, grid))
+            shown["mr"].append(sample_plane(mr, grid, transforms[bone]))
+            shown["before"].append(sample_plane(mr, grid, unregistered))
             shown["outlines"].append(_outlines(plane, grid, masks, centres))
     limits = np.nanpercentile(shown["mr"], (1, 99.5)) if np.isfinite(shown["mr"]).any() else (0, 1)
     stem = f"{knee['knee_id']}_"
@@ -111,6 +111,18 @@ def draw_images(
     outlines.putpalette(PALETTE)
     with atomic(Path(folder) / f"{stem}outlines.png") as temporary:
         outlines.save(temporary, bits=4, transparency=0, optimize=True)
+
+
+def sample_plane(
+    image: sitk.Image, grid: sitk.Image, transform: sitk.Transform | None = None
+) -> np.ndarray:
+    """An image (rows, columns) on a grid of one slice, linear, NaN outside the image.
+
+    `transform` maps points of the grid to points of the image (None: they are the same).
+    """
+    outside, transform = float("nan"), transform or sitk.Transform()
+    sampled = sitk.Resample(image, grid, transform, sitk.sitkLinear, outside, sitk.sitkFloat32)
+    return sitk.GetArrayFromImage(sampled)[0]
 
 
 def metrics_row(result: Registration) -> dict:
@@ -184,13 +196,6 @@ def _centroid(masks: sitk.Image, bone: str) -> np.ndarray:
     shape = sitk.LabelShapeStatisticsImageFilter()
     shape.Execute(masks)
     return np.array(shape.GetCentroid(BONES[bone]))
-
-
-def _sample(image: sitk.Image, grid: sitk.Image, transform: sitk.Transform) -> np.ndarray:
-    """An image on a plane, NaN outside it."""
-    outside = float("nan")
-    sampled = sitk.Resample(image, grid, transform, sitk.sitkLinear, outside, sitk.sitkFloat32)
-    return sitk.GetArrayFromImage(sampled)[0]
 
 
 def _outlines(plane: str, grid: sitk.Image, masks: sitk.Image, centres: pd.DataFrame) -> np.ndarray:
