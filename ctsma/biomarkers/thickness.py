@@ -23,15 +23,14 @@ def _sweep(surface, result):
 
 @compiled()
 def _lower_envelope(values, result):
-    """Along the middle axis (k, n, m): result[i] <- min over j of values[j] + (i - j)^2.
+    """Along the middle axis (k, n, m): result[i] <- min over j of values[j] + (i - j)^2, if less.
 
     The last axis is contiguous, so that the processor takes several lines at once.
     """
     n = values.shape[1]
     for k in range(values.shape[0]):
         for i in range(n):
-            best, step, largest = result[k, i], 1, np.int32(FAR)
-            best[:] = values[k, i]
+            best, step, largest = result[k, i], 0, np.int32(FAR)
             while step < n and step * step < largest:
                 # Past an end, a farther distance from the end is harmless.
                 before, after = values[k, max(i - step, 0)], values[k, min(i + step, n - 1)]
@@ -90,15 +89,13 @@ def _ridge(radius2, cover):
 
 
 @compiled()
-def _paint(radius2, centres, unpainted):
-    """Squared radius of the largest ball over each voxel, from centres in order of falling radius.
+def _paint(radius2, roots, centres, unpainted, painted):
+    """painted <- squared radius of the largest ball, from centres in order of falling radius.
 
-    The first write counts; voxels without one have a ball of radius 1. `unpainted` holds a bit for
-    each voxel of the phase, eight of a row in a byte.
+    The first write counts. `roots` are the square roots, rounded down, of the squared radii from 0;
+    `unpainted` holds a bit for each voxel of the phase, eight of a row in a byte.
     """
     nz, ny, nx = radius2.shape
-    painted = np.minimum(radius2, np.int32(1))
-    roots = np.sqrt(np.arange(radius2.max() + 1)).astype(np.int64)
     for centre in centres:
         cz, cy, cx = centre // (ny * nx), centre // nx % ny, centre % nx
         size = np.int64(radius2[cz, cy, cx])
@@ -116,7 +113,6 @@ def _paint(radius2, centres, unpainted):
                         for x in range(low, high + 1):
                             if bits >> x & 1:
                                 painted[z, y, byte * 8 + x] = size
-    return painted
 
 
 def _clean_surface(thickness: np.ndarray, surface: np.ndarray) -> np.ndarray:
@@ -141,7 +137,10 @@ def largest_balls(phase: np.ndarray, opposite: np.ndarray) -> tuple[np.ndarray, 
     centres = np.flatnonzero(_ridge(radius2, _covering_radius2(radius2.max())) & (radius2 > 1))
     order = np.argsort(-radius2.ravel()[centres], kind="stable")
     unpainted = np.packbits(phase, axis=-1, bitorder="little")
-    return radius2, _paint(radius2, centres[order], unpainted)
+    roots = np.sqrt(np.arange(radius2.max() + 1)).astype(np.int64)
+    painted = np.minimum(radius2, 1)  # voxels that no ball covers have one of radius 1
+    _paint(radius2, roots, centres[order], unpainted, painted)
+    return radius2, painted
 
 
 def diameters(radius2: np.ndarray, covering: np.ndarray, clean_up: bool = True) -> np.ndarray:
