@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -86,6 +87,20 @@ def test_imports_point_backwards():
         elif name != "ctsma":
             allowed = BESIDE[: BESIDE.index(name.split(".")[0]) + 1]
             assert beside <= set(allowed), f"{name} imports {beside}"
+
+
+def test_notebooks_without_networks_do_not_wait_for_torch():
+    imports = []
+    for stage in ("02_registration_qa", "04_icc_agreement"):
+        cells = nbformat.read(REPOSITORY / "notebooks" / f"{stage}.ipynb", as_version=4).cells
+        code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+        imports += [n for n in ast.parse(code).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    source = "\n".join([*map(ast.unparse, imports), "import sys", "print(sorted(sys.modules))"])
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=True
+    )
+    assert "'numpy'" in done.stdout
+    assert "'torch'" not in done.stdout
 
 
 def test_public_functions_are_documented_and_typed():
