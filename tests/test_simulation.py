@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from kneesim import (
 from kneesim.anatomy import FIELDS, LOW_MM, SPACING_MM
 from kneesim.ct import CT_AXES
 from kneesim.difficulty import TARGETS
-from kneesim.knees import cut_short, settings
+from kneesim.knees import cut_short, settings, write_image
 from kneesim.microstructure import FINE_VOXELS, TILE_SIZE, is_bone, sub_samples
 from kneesim.mr import MR_AXES, k_space_cut
 from kneesim.painting import TISSUES, Rendering, apply, make_grid, painted, tissue_fields
@@ -312,6 +313,20 @@ def test_a_knee_is_written_whole_once_and_the_same_bytes_from_one_seed(
     before = (tmp_path / "images/k0000_ct.nii").stat().st_mtime_ns
     assert write_cohort(tmp_path, "small", 1, 5, FIELD_MM, n_rescan=1) == path
     assert (tmp_path / "images/k0000_ct.nii").stat().st_mtime_ns == before
+
+
+def test_an_image_that_the_disk_cannot_hold_is_an_error_and_leaves_nothing(tmp_path):
+    image, limits = (
+        sitk.Image(30, 40, 50, sitk.sitkInt16),
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # of any file, as if full
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            write_image(image, tmp_path / "images" / "k0000_ct.nii")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "images").iterdir())
 
 
 def test_a_knee_that_fails_stops_the_cohort_with_its_reason(tmp_path):
