@@ -26,6 +26,7 @@ from ctsma.registration import (
     transform_points,
     write_registration,
 )
+from ctsma.registration import stages as registration_stages
 from ctsma.registration.masks import BONE_HU, label_masks
 from ctsma.registration.quality import MIN_CORRELATION, flexion_deg
 from ctsma.registration.stages import align_trabeculae, bone_depths_mm, starting_transforms
@@ -458,6 +459,27 @@ def test_published_flag_rises_with_the_error():
     assert areas["correlation"]["ci_low"] > 0.9
     assert areas["correlation"]["auc"] > areas["mi"]["auc"] and areas["mi"]["ci_low"] > 0.5
     assert found["flag"]["sensitivity"] == 1.0 and found["flag"]["false_alarms"] < 0.1
+
+
+def test_every_start_is_followed_where_the_trabeculae_do_not_agree(monkeypatch):
+    """Starts are numbers here; the best mutual information is that of the first start."""
+    correlations, followed = {0: 0.05, 1: 0.4, 2: 0.02}, []
+
+    def to_the_end(starts, *_):
+        followed.append(starts)
+        return [registration_stages.Optimum(starts[0], 1.0, 0.0, 0, "")]
+
+    monkeypatch.setattr(registration_stages, "multiresolution_optimise", to_the_end)
+
+    def aligned(start):
+        return start, {"correlation": correlations[start]}
+
+    monkeypatch.setattr(registration_stages, "align_trabeculae", aligned)
+    levels, end, metrics = registration_stages.align_bone([0, 1, 2], {}, (), None, 0)
+    assert (levels[-1].transform, end, metrics["correlation"]) == (1, 1, 0.4)
+    assert followed == [[0, 1, 2], [0], [1]]  # the third start is not needed
+    correlations[1] = 0.12  # what chance can reach in one of several ends
+    assert registration_stages.align_bone([0, 1, 2], {}, (), None, 0)[1] == 0
 
 
 def test_published_stress_set_is_aligned_and_failures_are_flagged():

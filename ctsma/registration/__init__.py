@@ -16,7 +16,7 @@ from ctsma.files import atomic, write_json
 from .masks import bone_masks, isotropic, label_masks
 from .quality import failure_reason, target_registration_error_mm
 from .stages import Registration, register_knee, register_scans
-from .transforms import Rigid, apply_rigid, rigid_transform, transform_points
+from .transforms import Rigid, apply_rigid, parameters_of, rigid_transform, transform_points
 
 
 def register_pair(knee: dict, folder: Path, *, root: str | Path, seed: int) -> dict:
@@ -64,14 +64,7 @@ def write_registration(result: Registration, folder: str | Path, knee_id: str) -
     """
     stages = {}
     for stage, transforms in result.stages.items():
-        stages[stage] = {
-            bone: {
-                "matrix": list(transform.GetMatrix()),
-                "centre": list(transform.GetCenter()),
-                "translation": list(transform.GetTranslation()),
-            }
-            for bone, transform in transforms.items()
-        }
+        stages[stage] = {bone: parameters_of(rigid) for bone, rigid in transforms.items()}
     content = {"log": result.log, "flagged": result.flagged, "stages": stages}
     files = [write_json(Path(folder) / f"{knee_id}_stages.json", content).name]
     for bone, transform in result.transforms.items():

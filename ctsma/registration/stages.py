@@ -16,7 +16,7 @@ from scipy import fft
 from ctsma.common import BONES, InputError
 
 from .masks import isotropic
-from .quality import failure_reason, flexion_deg
+from .quality import MIN_CORRELATION, failure_reason, flexion_deg
 from .trabeculae import highpass, interior, refine, registration_metrics
 from .transforms import Rigid, image_centre, recentred, rigid_transform, rotation_matrix
 
@@ -152,12 +152,11 @@ def register_scans(ct, scans, masks, *, seed) -> Iterator[Registration]:
         flexed = [recentred(whole, joint, (angle, 0, 0)) for angle in FLEXIONS_DEG]
         per_bone, final, metrics = {}, {}, {}
         for bone, depth_mm in depths_mm.items():
-            levels = multiresolution_optimise(flexed, pyramid, PER_BONE, depth_mm, seed)
+            fine_pair = interiors[bone], mr_fine
+            levels, end, metrics[bone] = align_bone(flexed, pyramid, fine_pair, depth_mm, seed)
             log += [level.log_row("per_bone", bone) for level in levels]
-            per_bone[bone] = levels[-1].transform
-            end, metrics[bone] = align_trabeculae(interiors[bone], mr_fine, per_bone[bone])
             log.append(end.log_row("trabeculae", bone))
-            final[bone] = end.transform
+            per_bone[bone], final[bone] = levels[-1].transform, end.transform
 
         stages = {"centre": dict.fromkeys(BONES, centre), "whole_knee": dict.fromkeys(BONES, whole)}
         stages |= {"per_bone": per_bone, "trabeculae": final}
@@ -250,10 +249,27 @@ def multiresolution_optimise(starts, pyramid, levels, depth_mm, seed) -> list[Op
         if depth_mm is not None:
             fixed, mask = _near_bone(fixed, depth_mm, level.margin_mm)
         results = [optimise(fixed, moving, mask, start, level, seed) for start in starts]
-        best = max(results, key=lambda result: result.metric)
-        optima.append(best)
-        starts = [best.transform]
+        optima.append(max(results, key=lambda result: result.metric))
+        starts = [optima[-1].transform]
     return optima
+
+
+def align_bone(starts, pyramid, fine_pair, depth_mm, seed) -> tuple:
+    """Levels of `PER_BONE`, then `align_trabeculae`: the levels, the optimum, its metrics.
+
+    The first level chooses the start. Where the trabeculae do not agree at the end, as in a field
+    of view that cuts the bone, each start is followed to its own end. Chance agrees best in one of
+    several ends, so these must exceed 1.5 x `MIN_CORRELATION` (design choice). `fine_pair` is what
+    `align_trabeculae` takes; for the others see `multiresolution_optimise`.
+    """
+    for n, some in enumerate((starts, *([start] for start in starts))):
+        levels = multiresolution_optimise(some, pyramid, PER_BONE, depth_mm, seed)
+        trial = (levels, *align_trabeculae(*fine_pair, levels[-1].transform))
+        if n == 0 or trial[2]["correlation"] >= 1.5 * MIN_CORRELATION:
+            best = trial
+        if best[2]["correlation"] >= MIN_CORRELATION:
+            break
+    return best
 
 
 def align_trabeculae(inside, mr, start) -> tuple[Optimum, dict[str, float]]:
@@ -320,8 +336,7 @@ def _near_bone(image, depth_mm, margin_mm) -> tuple[sitk.Image, sitk.Image]:
     depth = sitk.Resample(depth_mm, image, sitk.Transform(), sitk.sitkLinear, OUTSIDE)
     mask = depth > -margin_mm
     box = _mask_shape(mask).GetBoundingBox(1)
-    start, size = box[:3], box[3:]
-    return sitk.RegionOfInterest(image, size, start), sitk.RegionOfInterest(mask, size, start)
+    return tuple(sitk.RegionOfInterest(whole, box[3:], box[:3]) for whole in (image, mask))
 
 
 def _mask_shape(mask: sitk.Image) -> sitk.LabelShapeStatisticsImageFilter:

@@ -23,6 +23,11 @@ def rigid_transform(matrix: Sequence, centre: Sequence, translation: Sequence) -
     return transform
 
 
+def parameters_of(t: Rigid) -> dict[str, tuple]:
+    """The arguments of `rigid_transform` that give this transform."""
+    return {"matrix": t.GetMatrix(), "centre": t.GetCenter(), "translation": t.GetTranslation()}
+
+
 def rotation_matrix(vector_deg: Sequence) -> tuple:
     """Flat matrix of a rotation vector (direction: axis, length: angle in degrees)."""
     angle_deg = float(np.linalg.norm(vector_deg))

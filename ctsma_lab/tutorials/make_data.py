@@ -19,7 +19,7 @@ from ctsma.common import BIOMARKERS, BONES, COMPARTMENTS, InputError
 from ctsma.files import atomic, write_json, write_text
 from ctsma.patches import TABLE, load_patches, read_table
 from ctsma.registration import apply_rigid, read_stages
-from ctsma.registration.transforms import Rigid
+from ctsma.registration.transforms import parameters_of
 from ctsma_lab.run import RESULTS, Run
 from kneesim.knees import draw_scan
 
@@ -206,8 +206,8 @@ def write_knee(run: Run, out: Path, knee_id: str) -> None:
         targets[bone] = points[inside][:N_TARGETS].round(2).tolist()
     stages = {}
     for stage, transforms in read_stages(run.path / "registration", knee_id).items():
-        stages[stage] = {bone: _numbers(transform) for bone, transform in transforms.items()}
-    true = {bone: _numbers(truth.transforms[bone]) for bone in BONES}
+        stages[stage] = {bone: parameters_of(transform) for bone, transform in transforms.items()}
+    true = {bone: parameters_of(truth.transforms[bone]) for bone in BONES}
     facts = {"knee_id": knee_id, "side": row["side"], "stages": stages, "true": true}
     write_json(out / "knee.json", facts | {"targets": targets})
 
@@ -226,15 +226,6 @@ def _rounded(image: sitk.Image, limits: tuple[int, int]) -> sitk.Image:
     rounded = sitk.GetImageFromArray((np.round(values / STEP) * STEP).astype(np.int16))
     rounded.CopyInformation(image)
     return rounded
-
-
-def _numbers(transform: Rigid) -> dict[str, list[float]]:
-    """What `rigid_transform` makes the transform from."""
-    return {
-        "matrix": list(transform.GetMatrix()),
-        "centre": list(transform.GetCenter()),
-        "translation": list(transform.GetTranslation()),
-    }
 
 
 if __name__ == "__main__":
