@@ -1,6 +1,5 @@
 """One knee, or a whole cohort, on disk: images and manifest as in a clinic, ground truth apart."""
 
-import errno
 import os
 import zlib
 from collections.abc import Callable
@@ -11,8 +10,9 @@ import pandas as pd
 import SimpleITK as sitk
 
 from ctsma.cache import map_knees
+from ctsma.cohort import write_volume
 from ctsma.common import InputError
-from ctsma.files import atomic, sha256_file, write_text
+from ctsma.files import sha256_file, write_text
 
 from .ct import CT_AXES, draw_ct, scan_ct
 from .mr import MR_AXES, draw_mr, scan_mr
@@ -63,8 +63,9 @@ def simulate_knee(
         rng = np.random.default_rng([*streams, 30 + n])
         drawn = draw_scan(name, constants, streams)
         image, bone_labels = scan(subject, poses[name], grids[name], name, drawn, rng)
+        # A study reads each image five times, and gzip saves little, as half of the bits are noise.
         path = f"images/{knee_id}_{name}.nii"
-        write_image(image, root / path)
+        write_volume(image, root / path)
         outcome[name] = path
         outcome[f"{name}_sha256"] = sha256_file(root / path)
         if name == "ct":
@@ -131,21 +132,6 @@ def scan(
     if name == "ct":
         return scan_ct(subject, poses, grid, drawn, rng)
     return scan_mr(subject, poses, grid, drawn, rng), None
-
-
-def write_image(image: sitk.Image, path: str | Path) -> None:
-    """Write an uncompressed .nii whole or not at all.
-
-    gzip would save 30 % of the disk, as noise fills half of a voxel's bits, and cost 2 CPU seconds
-    a knee, whose images a study reads five times.
-
-    Raises OSError when the disk is full.
-    """
-    n_bytes = image.GetNumberOfPixels() * image.GetSizeOfPixelComponent()
-    with atomic(path) as temporary:
-        sitk.WriteImage(image, str(temporary))
-        if temporary.stat().st_size < n_bytes:  # ITK does not report it
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def write_cohort(

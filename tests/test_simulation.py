@@ -14,7 +14,7 @@ from scipy.ndimage import map_coordinates
 from scipy.special import ndtr
 
 from ctsma.biomarkers import morphometry
-from ctsma.cohort import read_manifest, read_volume
+from ctsma.cohort import read_manifest, read_volume, write_volume
 from ctsma.common import BIOMARKERS, BONES, InputError
 from ctsma.patches import collect_tables
 from kneesim import (
@@ -40,7 +40,7 @@ from kneesim import (
 from kneesim.anatomy import FIELDS, LOW_MM, SPACING_MM
 from kneesim.ct import CT_AXES
 from kneesim.difficulty import TARGETS
-from kneesim.knees import cut_short, settings, write_image
+from kneesim.knees import cut_short, settings
 from kneesim.microstructure import FINE_VOXELS, TILE_SIZE, is_bone, sub_samples
 from kneesim.mr import MR_AXES, k_space_cut
 from kneesim.painting import TISSUES, Rendering, apply, make_grid, painted, tissue_fields
@@ -316,14 +316,12 @@ def test_a_knee_is_written_whole_once_and_the_same_bytes_from_one_seed(
 
 
 def test_an_image_that_the_disk_cannot_hold_is_an_error_and_leaves_nothing(tmp_path):
-    image, limits = (
-        sitk.Image(30, 40, 50, sitk.sitkInt16),
-        resource.getrlimit(resource.RLIMIT_FSIZE),
-    )
+    image = sitk.Image(30, 40, 50, sitk.sitkInt16)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # of any file, as if full
     try:
         with pytest.raises(OSError, match="No space left"):
-            write_image(image, tmp_path / "images" / "k0000_ct.nii")
+            write_volume(image, tmp_path / "images" / "k0000_ct.nii")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list((tmp_path / "images").iterdir())

@@ -53,16 +53,14 @@ def check_volume(source: str | Path, image: sitk.Image, modality: str) -> sitk.I
 
 
 def write_volume(image: sitk.Image, path: str | Path) -> Path:
-    """Write a volume whole or not at all; gzip level 1, no time stamp. Returns the path.
+    """Write a .nii, or a .nii.gz (gzip level 1, no time stamp), whole or not at all.
 
-    Raises OSError when the disk is full.
+    Returns the path. Raises OSError when the disk is full.
     """
-    path = Path(path)
     with atomic(path) as temporary:
         sitk.WriteImage(image, str(temporary), useCompression=True, compressionLevel=1)
-        if path.name.endswith(".nii.gz"):
-            _check_written(image, temporary)
-    return path
+        _check_written(image, temporary)
+    return Path(path)
 
 
 def _read_file(path: Path) -> sitk.Image:
@@ -113,13 +111,15 @@ def _check_values(path: str | Path, array: np.ndarray, modality: str) -> None:
 
 
 def _check_written(image: sitk.Image, file: Path) -> None:
-    """Raise OSError where a .nii.gz is incomplete: ITK's writer does not report a full disk.
+    """Raise OSError where a NIfTI file is incomplete: ITK's writer does not report a full disk.
 
     The last four bytes of gzip are the length of its content, modulo 2^32.
     """
     voxel_bytes = image.GetNumberOfComponentsPerPixel() * image.GetSizeOfPixelComponent()
-    with file.open("rb") as stream:
-        stream.seek(-min(4, file.stat().st_size), os.SEEK_END)
-        length = int.from_bytes(stream.read(), "little")
-    if length != (VOXEL_OFFSET + image.GetNumberOfPixels() * voxel_bytes) % 2**32:
+    length = file.stat().st_size
+    if file.suffix == ".gz":
+        with file.open("rb") as stream:
+            stream.seek(-min(4, length), os.SEEK_END)
+            length = int.from_bytes(stream.read(), "little")
+    if (length - VOXEL_OFFSET - image.GetNumberOfPixels() * voxel_bytes) % 2**32:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
