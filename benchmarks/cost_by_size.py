@@ -30,6 +30,7 @@ from ctsma.arms import ARMS
 from ctsma.cache import map_knees
 from ctsma.cohort import make_splits, read_manifest, read_splits, splits_path, stored_splits
 from ctsma.common import BIOMARKERS
+from ctsma.diagnosis.transformer import TransformerSettings, cross_validate_arms
 from ctsma.distillation import Settings, TeacherCache, make_fold
 from ctsma.distillation.data import IMAGES, knee_batches, make_batch, prepare_in_files
 from ctsma.files import git_commit, versions, write_json, write_text
@@ -137,8 +138,8 @@ def diagnose(run: Path, folder: Path, n: int) -> None:
     agreement.agreement_table(predictions, rng)
     agreement.paired_differences(predictions, [("ct_sma", "ct_only")], rng)
     tokens = diagnosis.tokens_by_arm(predictions, labels.index)
-    settings = diagnosis.TransformerSettings(max_epochs=2)
-    found = diagnosis.cross_validate_arms(tokens, labels, splits, settings)
+    settings = TransformerSettings(max_epochs=2)
+    found = cross_validate_arms(tokens, labels, splits, settings)
     features = diagnosis.compartment_means(tokens["ct_only"])
     diagnosis.cross_validate_tabular(features, labels, splits, "logistic")
     scores = found.pivot(index="knee_id", columns="arm", values="score").loc[labels.index]

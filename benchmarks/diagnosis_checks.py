@@ -27,17 +27,20 @@ from scipy import optimize, stats
 
 from ctsma.common import BIOMARKERS, COMPARTMENTS, InputError
 from ctsma.diagnosis import (
-    TransformerSettings,
     auc_delong,
     compare_delong,
     compartment_means,
-    cross_validate_arms,
     cross_validate_tabular,
     tokens_by_arm,
 )
 from ctsma.diagnosis.inputs import POSITION
 from ctsma.diagnosis.statistics import checked_labels, hanley_mcneil_se
-from ctsma.diagnosis.transformer import fit_without_fold, pad_tokens
+from ctsma.diagnosis.transformer import (
+    TransformerSettings,
+    cross_validate_arms,
+    fit_without_fold,
+    pad_tokens,
+)
 from ctsma.distillation import MAIN_ARM
 from ctsma.files import git_commit, versions, write_json
 from ctsma_lab.run import Run

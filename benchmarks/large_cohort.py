@@ -31,6 +31,7 @@ from ctsma.arms import ARMS, COMPARISONS, TRAINED
 from ctsma.cache import content_hash, map_knees, read_record, source_sha256, time_left, write_record
 from ctsma.cohort import make_splits
 from ctsma.common import BIOMARKERS, InputError
+from ctsma.diagnosis.transformer import TransformerSettings, cross_validate_arms
 from ctsma.distillation import load_model, predict, prepare
 from ctsma.distillation.data import ridge_of
 from ctsma.files import git_commit, sha256_file, versions, write_json, write_text
@@ -152,7 +153,7 @@ class Scorer:
         self.folder, self.n_jobs, self.total, self.done, self.fitted = folder, n_jobs, total, 0, 0
         self.splits = make_splits(subjects, N_FOLDS, SEED)
         self.labels = subjects.set_index("knee_id")["oa"].astype(int).sort_index()
-        self.settings, self.started = diagnosis.TransformerSettings(), time.perf_counter()
+        self.settings, self.started = TransformerSettings(), time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
 
     def scores(
@@ -165,7 +166,7 @@ class Scorer:
         record = self.folder / f"{name.replace(' ', '_')}.json"
         table = record.with_suffix(".csv")
         if read_record(record, key) is None:
-            found = diagnosis.cross_validate_arms(
+            found = cross_validate_arms(
                 {name: tokens}, labels, self.splits, self.settings, seeds, self.n_jobs
             )
             write_text(table, found.to_csv(index=False))

@@ -39,10 +39,13 @@ def source_sha256(module: str) -> str:
 
     Comments, docstrings and layout do not count; the YAML files of a package do.
     """
-    modules: set[str] = set()
-    _follow(module, modules)
-    parts = [(name, _code_of(_source(name))) for name in sorted(modules)]
-    return content_hash(parts)
+    found: dict[str, list[str]] = {}
+    waiting = {module}
+    while waiting:
+        name = waiting.pop()
+        imported, found[name] = _read(name)
+        waiting |= imported - set(found)
+    return content_hash(sorted(found.items()))
 
 
 def imported_modules(source: str, package: str = "") -> set[str]:
@@ -63,26 +66,21 @@ def _source(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def _follow(module: str, found: set[str]) -> None:
-    if module in found:
-        return
-    found.add(module)
+@cache
+def _read(module: str) -> tuple[set[str], list[str]]:
+    """Modules of the project that a module imports, and its code as `source_sha256` counts it."""
     source = _source(module)
-    package = module if source.name == "__init__.py" else module.rpartition(".")[0]
-    for name in imported_modules(source.read_text(encoding="utf-8"), package):
-        _follow(name, found)
-
-
-def _code_of(source: Path) -> list[str]:
-    """The code of a file without comments and docstrings, and a package's YAML content."""
-    tree = ast.parse(source.read_text(encoding="utf-8"))
+    text, is_package = source.read_text(encoding="utf-8"), source.name == "__init__.py"
+    tree = ast.parse(text)
     for node in ast.walk(tree):
         holds_docstring = isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
         if holds_docstring and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    data = sorted(source.parent.glob("*.yaml")) if source.name == "__init__.py" else []
+    data = sorted(source.parent.glob("*.yaml")) if is_package else []
     read = [yaml.safe_load(file.read_bytes()) for file in data if file.name not in NOT_FOLLOWED]
-    return [ast.unparse(tree), json.dumps(read, sort_keys=True, default=str)]
+    package = module if is_package else module.rpartition(".")[0]
+    code = [ast.unparse(tree), json.dumps(read, sort_keys=True, default=str)]
+    return imported_modules(text, package), code
 
 
 def read_record(path: str | Path, key: str) -> dict | None:

@@ -5,6 +5,7 @@ import html
 import io
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -55,14 +56,19 @@ def notebook_body(
     name : of the notebook's page. pages : {name: title} of all pages of the site.
     """
     _take_out_figures(name, notebook, run_path, report)
-    exporter = HTMLExporter(
+    body, _ = _exporter().from_notebook_node(notebook)
+    return tidy(body, pages)
+
+
+@cache
+def _exporter() -> HTMLExporter:
+    """One for all notebooks, as it reads and compiles its templates when it is first used."""
+    return HTMLExporter(
         template_name="notebook",
         extra_template_basedirs=[str(TEMPLATES)],
         exclude_input_prompt=True,
         exclude_output_prompt=True,
     )
-    body, _ = exporter.from_notebook_node(notebook)
-    return tidy(body, pages)
 
 
 def _take_out_figures(name: str, notebook: NotebookNode, run_path: Path, report: Path) -> None:

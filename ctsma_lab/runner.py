@@ -16,6 +16,7 @@ import filelock
 import nbformat
 import papermill
 import yaml
+from traitlets.config import Config
 
 from ctsma import cache
 from ctsma.cohort import read_manifest
@@ -41,6 +42,9 @@ NOT_IN_KEY = ("run_dir", "n_jobs", "overwrite", "profile")  # they change no num
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 ONE_THREAD += ("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS",)
 QUIET = ["--log-level=50"]  # no words on TCP and on the shutdown of the kernel
+# joblib's resource tracker ignores the signal by which a kernel ends the processes it started; the
+# kernel would wait for it until it is ended itself, by default after 2.5 s.
+KERNEL = Config(KernelManager={"shutdown_wait_time": 0.5})
 DEAD_WORKER = ("TerminatedWorkerError", "BrokenProcessPool", "KilledWorker")  # a process is gone
 DIED = "a process was killed or ran out of memory; free memory or give --jobs 1, and run it again"
 
@@ -293,7 +297,7 @@ def _execute(path: Path, step: dict, report: Callable[..., None]) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
     os.environ[UNDER_RUNNER] = "1"  # the kernel inherits it
     options = {"cwd": str(NOTEBOOKS), "progress_bar": False, "kernel_name": "python3"}
-    options["extra_arguments"] = QUIET
+    options |= {"extra_arguments": QUIET, "config": KERNEL}
     source, target = _literal(NOTEBOOKS / f"{stage}.ipynb"), _literal(partial)
     try:
         with _followed(path / "progress.log", report):

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import SimpleITK as sitk
 
 from ctsma.cache import map_knees
@@ -32,7 +31,6 @@ def simulate_knee(
     root: str | Path,
     seed: int,
     field_of_view_mm: tuple[float, float, float] = QUICK_FIELD_MM,
-    rescan: bool = False,
     anatomy: str | Path | None = None,
     protocol: str | Path | None = None,
     cache_key: str = "",
@@ -41,10 +39,10 @@ def simulate_knee(
 
     Parameters
     ----------
-    knee : row of `draw_subjects`. Each knee draws from generators of (seed, knee_id) alone.
+    knee : row of `draw_subjects`; with a true `rescan` it gets a second MR, with new pose and
+        noise. Each knee draws from generators of (seed, knee_id) alone.
     folder : of the records; the written files are named relative to it.
     field_of_view_mm : left-right, front-back, head-foot, of both scanners.
-    rescan : a second MR, with new pose and noise.
     anatomy : label map as template; the built-in knee where None.
     protocol : another protocol file; the frozen one where None.
     cache_key : hash of protocol and anatomy, so that a record made with others is not reused.
@@ -56,7 +54,7 @@ def simulate_knee(
     constants, root, knee_id = load_protocol(protocol), Path(root), str(knee["knee_id"])
     streams = [int(seed), zlib.crc32(knee_id.encode())]
     subject = make_subject(knee, constants, streams, anatomy)
-    scans = ["ct", "mr", "mr_rescan"] if rescan else ["ct", "mr"]
+    scans = ["ct", "mr", "mr_rescan"] if knee.get("rescan") else ["ct", "mr"]
     poses, grids = settings(subject, constants, streams, scans, field_of_view_mm)
     outcome = {}
     for n, name in enumerate(scans):
@@ -172,13 +170,9 @@ def write_cohort(
         "protocol": str(protocol) if protocol else None,
         "cache_key": cache_key,
     }
-    parts = []
-    for part, rescan in ((subjects[:n_rescan], True), (subjects[n_rescan:], False)):
-        if len(part):
-            own, records = parameters | {"rescan": rescan}, root / "records"
-            done = map_knees(simulate_knee, part, records, own, n_jobs=n_jobs, report=report)
-            parts.append(done)
-    rows = pd.concat(parts, ignore_index=True)
+    knees = subjects.assign(rescan=subjects.index < n_rescan)
+    records = root / "records"
+    rows = map_knees(simulate_knee, knees, records, parameters, n_jobs=n_jobs, report=report)
     failed = rows[rows["error"] != ""]
     if len(failed):
         first = failed.iloc[0]

@@ -17,7 +17,7 @@ from worker_tasks import fill_disk, square, worker_of
 
 from ctsma.cache import map_knees
 from ctsma.common import BIOMARKERS, InputError
-from ctsma.diagnosis import TransformerSettings, cross_validate_arms
+from ctsma.diagnosis.transformer import TransformerSettings, cross_validate_arms
 from ctsma.distillation import cross_validate
 from ctsma.parallel import run_tasks
 from ctsma_lab import cli, cluster

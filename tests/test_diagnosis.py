@@ -11,19 +11,17 @@ import torch
 
 from ctsma.common import BIOMARKERS, COMPARTMENTS, InputError
 from ctsma.diagnosis import (
-    PatchTransformer,
-    TransformerSettings,
     auc_delong,
     bootstrap_auc,
     calibration,
     compare_delong,
     compartment_means,
-    cross_validate_arms,
     cross_validate_tabular,
     roc_band,
     tokens_by_arm,
 )
 from ctsma.diagnosis.statistics import hanley_mcneil_se
+from ctsma.diagnosis.transformer import PatchTransformer, TransformerSettings, cross_validate_arms
 from ctsma_lab.diagnosis_views import (
     calibration_curve,
     label_problem,

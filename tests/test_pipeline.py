@@ -418,13 +418,17 @@ def test_prose_does_not_change_the_hash_of_code_but_code_does(tmp_path, monkeypa
 
     def hashed(text):
         module.write_text(text)
-        cache.source_sha256.cache_clear()
+        forget()
         return cache.source_sha256("ctsma.one")
+
+    def forget():
+        cache.source_sha256.cache_clear()
+        cache._read.cache_clear()
 
     first = hashed('"""Title."""\n\ndef f(x):\n    """Text."""\n    return x + 1\n')
     assert hashed("# comment\ndef f(x):\n    return (x + 1)\n") == first
     assert hashed("def f(x):\n    return x + 2\n") != first
-    cache.source_sha256.cache_clear()
+    forget()
 
 
 def finished_run(tmp_path, n_stages, **parameters):
