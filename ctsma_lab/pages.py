@@ -19,7 +19,7 @@ from ctsma.files import atomic, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_WIDTH = 2000  # pixels of a figure; a wider one is shown at half its size (design choice)
-COLOURS = 64  # of the palette of a figure; a third of the size, hardly visible (design choice)
+COLOURS = 128  # of the palette of a figure; about a third of the size (design choice)
 WIDE = 1.7  # width over height from which a figure scrolls on a narrow screen (design choice)
 CAPTION = re.compile(r"\*+(Key figure|Figure)\.\*+ *")
 # A folder and a name after it, as in /data/me/knees.csv; no link, closing tag or fraction.
@@ -106,20 +106,19 @@ def _take_caption(cell: NotebookNode) -> str:
     return CAPTION.sub("", caption)
 
 
-def write_figure(png: bytes, file: Path, colours: int | None = COLOURS) -> tuple[int, int]:
-    """Write a PNG on white, with a palette of `colours`; returns (width, height) in pixels.
+def write_figure(png: bytes, file: Path) -> tuple[int, int]:
+    """Write a PNG on white, with a palette of COLOURS; returns (width, height) in pixels.
 
-    None keeps every colour: a palette is filled by what covers most of the figure, so that thin
-    lines over grey images would lose theirs.
+    The palette covers all colours of the figure, however few pixels have them, so that thin lines
+    over grey images keep theirs.
     """
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     if image.width > MAX_WIDTH:
         image = image.reduce(2)
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if colours is not None:
-        flat = flat.quantize(colours, dither=Image.Dither.NONE)
+    palette = {"method": Image.Quantize.MAXCOVERAGE, "dither": Image.Dither.NONE}
     with atomic(file) as temporary:
-        flat.save(temporary, optimize=True)
+        flat.quantize(COLOURS, **palette).save(temporary, optimize=True)
     return image.size
 
 

@@ -24,7 +24,6 @@ from dicom_import.registration_pages import draw_knee, write_pages
 from . import explore
 from .methods import write_methods
 from .pages import (
-    COLOURS,
     TEMPLATES,
     copy_table,
     figure_html,
@@ -244,8 +243,7 @@ def _explored(run_path: Path) -> str:
         stream, stem = io.BytesIO(), f"figures/explore_{name}"
         figure.savefig(stream, format="png", dpi=DPI)
         plt.close(figure)
-        colours = None if name == "patch" else COLOURS  # many thin lines beside grey images
-        size = write_figure(stream.getvalue(), report / f"{stem}.png", colours)
+        size = write_figure(stream.getvalue(), report / f"{stem}.png")
         table = None
         if len(tables[name]):
             table = f"{stem}.csv"

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK as sitk
@@ -121,6 +122,20 @@ def test_a_figure_has_its_caption_and_the_table_behind_it(run):
     assert "What is" not in prose and "Before." in prose and "After." in prose
     written = Image.open(run / "report" / "figures" / "05_roc_page.png")
     assert written.mode == "P" and written.size == (300, 200)
+
+
+def test_a_thin_line_over_a_colourful_image_keeps_its_colour(tmp_path):
+    rng, green, blue = np.random.default_rng(0), (0, 158, 115), (0, 114, 178)
+    orange = np.linspace(0, 255, 200 * 300).reshape(200, 300, 1) * [1.0, 0.6, 0.2]
+    image = (orange + rng.normal(0, 8, orange.shape)).clip(0, 255).astype(np.uint8)
+    image[100], image[50, :60] = green, blue
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, format="png")
+    assert pages.write_figure(stream.getvalue(), tmp_path / "f.png") == (300, 200)
+    shown = np.asarray(Image.open(tmp_path / "f.png").convert("RGB")).astype(int)
+    assert np.abs(shown[100] - green).max() <= 20
+    assert np.abs(shown[50, :60] - blue).max() <= 20
+    assert np.abs(shown - image).mean() < 10
 
 
 def test_no_path_of_this_machine_stays():
