@@ -42,8 +42,8 @@ NOT_IN_KEY = ("run_dir", "n_jobs", "overwrite", "profile")  # they change no num
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 ONE_THREAD += ("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS",)
 QUIET = ["--log-level=50"]  # no words on TCP and on the shutdown of the kernel
-# joblib's resource tracker ignores the signal by which a kernel ends the processes it started; the
-# kernel would wait for it until it is ended itself, by default after 2.5 s.
+# joblib's resource tracker ignores the signal by which a kernel ends the processes that it started.
+# The kernel waits for it until Jupyter ends the kernel, after half of this time (default: 5 s).
 KERNEL = Config(KernelManager={"shutdown_wait_time": 0.5})
 DEAD_WORKER = ("TerminatedWorkerError", "BrokenProcessPool", "KilledWorker")  # a process is gone
 DIED = "a process was killed or ran out of memory; free memory or give --jobs 1, and run it again"
