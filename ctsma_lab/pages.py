@@ -18,7 +18,7 @@ from PIL import Image
 from ctsma.files import atomic, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
-MAX_WIDTH = 2000  # pixels of a figure; a wider one is shown at half its size (design choice)
+SHOWN_DPI = 100  # pixels of a page for an inch of a figure (design choice)
 COLOURS = 128  # of the palette of a figure; about a third of the size (design choice)
 WIDE = 1.7  # width over height from which a figure scrolls on a narrow screen (design choice)
 CAPTION = re.compile(r"\*+(Key figure|Figure)\.\*+ *")
@@ -84,8 +84,9 @@ def _take_out_figures(name: str, notebook: NotebookNode, run_path: Path, report:
             caption = _take_caption(before) if before is not None else ""
             before = None  # a second figure of the same cell has no text of its own
             saved = re.search(r'save_figure\(\s*\w+, "(\w+)"', cell.source)
-            file = f"figures/{saved[1] if saved else f'{name}_{number}'}_page.png"
-            size = write_figure(base64.b64decode(data), report / file)
+            figure = saved[1] if saved else f"{name}_{number}"
+            file, kept = f"figures/{figure}.png", run_path / "figures" / f"{figure}.png"
+            size = write_figure(kept if kept.exists() else base64.b64decode(data), report / file)
             table = copy_table(saved[1], run_path, report) if saved else None
             label = f"Figure {int(name[:2])}.{number}."
             shown = figure_html(label, file, size, markdown2html(caption), table)
@@ -106,19 +107,19 @@ def _take_caption(cell: NotebookNode) -> str:
     return CAPTION.sub("", caption)
 
 
-def write_figure(png: bytes, file: Path) -> tuple[int, int]:
-    """Write a PNG on white, with a palette of COLOURS; returns (width, height) in pixels.
+def write_figure(source: Path | bytes, file: Path) -> tuple[int, int]:
+    """Write a PNG on white, at SHOWN_DPI and with a palette of COLOURS.
 
     The palette covers all colours of the figure, however few pixels have them, so that thin lines
-    over grey images keep theirs.
+    over grey images keep theirs. Returns (width, height) in pixels.
     """
-    image = Image.open(io.BytesIO(png)).convert("RGBA")
-    if image.width > MAX_WIDTH:
-        image = image.reduce(2)
+    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    shrink = round(image.info.get("dpi", (SHOWN_DPI,))[0] / SHOWN_DPI)
+    image = image.convert("RGBA").reduce(max(shrink, 1))
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     palette = {"method": Image.Quantize.MAXCOVERAGE, "dither": Image.Dither.NONE}
     with atomic(file) as temporary:
-        flat.quantize(COLOURS, **palette).save(temporary, optimize=True)
+        flat.quantize(COLOURS, **palette).save(temporary)
     return image.size
 
 

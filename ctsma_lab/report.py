@@ -12,6 +12,7 @@ import nbformat
 import pandas as pd
 import yaml
 from nbconvert.filters import markdown2html
+from PIL import Image
 from pygments.formatters import HtmlFormatter
 
 from ctsma.arms import ARMS
@@ -51,6 +52,7 @@ EXPLORE = "One knee, one patch, one arm"  # title of the page with the explorer'
 KEY_FIGURES = yaml.safe_load(Path(__file__).with_name("key_figures.yaml").read_text("utf-8"))
 README_FIGURES = ("04_agreement", "02_tre", "05_roc")  # of the key figures
 DPI = 100  # of the explorer's figures
+FEW_KNEES = 16  # their images are drawn before other processes have loaded their libraries
 EXPLORED = {  # captions of the explorer's figures
     "knee": (
         "The worst registered knee. CT, MR by the transform of the tibia after the last stage, "
@@ -101,13 +103,14 @@ def write_report(
     write_knees(run_path, progress, n_jobs)
     if is_complete(run_path):
         write_methods(run_path)
-    overview = _overview(run_path, titles, {n: result_of(one) for n, one in notebooks.items()})
+    results = {name: result_of(notebook) for name, notebook in notebooks.items()}
     if is_complete(run_path) and (run_path / "models" / "predictions.csv").exists():
         titles["explore"] = EXPLORE
         _write_page(run_path, titles, "explore", tidy(_explored(run_path), titles))
     for name, notebook in notebooks.items():
         body = notebook_body(name, notebook, run_path, report, titles)
         _write_page(run_path, titles, name, body)
+    overview = _overview(run_path, titles, results)
     return _write_page(run_path, titles, "index", tidy(overview, titles))
 
 
@@ -142,7 +145,7 @@ def write_knees(
         "image_folder": str((folder / "images").resolve()),
     }
     earlier = [registration, run_path / "patches"]
-    work = {"n_jobs": n_jobs, "report": progress}
+    work = {"n_jobs": n_jobs if len(registered) > FEW_KNEES else 1, "report": progress}
     map_knees(draw_knee, registered, run_path / "knees", parameters, after=earlier, **work)
     errors = _registration_errors(run_path)
     rows = []
@@ -226,7 +229,8 @@ def _key_figures(run_path: Path) -> list[str]:
         file = run_path / "figures" / f"{name}.png"
         if about["cohort"] not in (kind, "any") or not file.exists():
             continue
-        size = write_figure(file.read_bytes(), report / f"figures/{name}.png")
+        picture = report / f"figures/{name}.png"  # written with the page of its notebook
+        size = Image.open(picture).size if picture.exists() else write_figure(file, picture)
         caption = _caption(name, numbers)
         table = copy_table(name, run_path, report)
         label = f"Figure {len(shown) + 1}."

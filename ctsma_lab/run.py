@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import joblib
+import matplotlib.pyplot as plt
 import pandas as pd
+from IPython.display import Image, display
 from tqdm.auto import tqdm
 
 from ctsma.cohort import read_manifest, read_splits, splits_path
@@ -17,6 +19,7 @@ from ctsma_lab.cluster import ADDRESS, backend_of, connect
 
 SCHEMA_VERSION = 2
 MARGIN_INCH = 0.1  # around a figure
+DPI = 200  # of a figure's PNG; notebooks show it at half its pixels
 RESULTS = {  # the notebooks of the main line in their order, and the results file of each
     "01_cohort": "cohort",
     "02_registration_qa": "registration",
@@ -140,7 +143,10 @@ class Run:
             write_text(self.path / name, table.to_csv(index=False))
 
     def save_figure(self, figure, name: str, data: pd.DataFrame | None = None) -> None:
-        """Save a figure as PNG (200 dpi) and SVG without date, with the CSV behind it."""
+        """Save a figure as PNG and SVG without date, with the CSV behind it.
+
+        A notebook that the command line runs shows the PNG, so that it is not drawn once more.
+        """
         if not self.writes:
             return
         stem = self.folder("figures") / name
@@ -148,8 +154,12 @@ class Run:
         figure.draw_without_rendering()
         figure.set_layout_engine(None)
         box = figure.get_tightbbox().padded(MARGIN_INCH)
-        figure.savefig(stem.with_suffix(".png"), dpi=200, bbox_inches=box)
+        png = stem.with_suffix(".png")
+        figure.savefig(png, dpi=DPI, bbox_inches=box)
         figure.savefig(stem.with_suffix(".svg"), bbox_inches=box, metadata={"Date": None})
+        if os.environ.get(UNDER_RUNNER):
+            display(Image(filename=png, width=round(box.width * DPI / 2)))
+            plt.close(figure)
         if data is not None:
             self.write_table(f"figures/{name}.csv", data)
 

@@ -116,12 +116,20 @@ def test_every_link_leads_to_a_file_of_the_site(run):
 
 def test_a_figure_has_its_caption_and_the_table_behind_it(run):
     first = (report.write_report(run).parent / "01_first.html").read_text()
-    figure = re.search(r"<figure>.*?</figure>", first, re.DOTALL)[0]
+    figure = re.search(r'<figure class="wide">.*?</figure>', first, re.DOTALL)[0]
     assert "<b>Figure 1.1.</b> What is" in figure and 'href="figures/05_roc.csv"' in figure
     prose = first.replace(figure, "")
     assert "What is" not in prose and "Before." in prose and "After." in prose
-    written = Image.open(run / "report" / "figures" / "05_roc_page.png")
-    assert written.mode == "P" and written.size == (300, 200)
+    written = Image.open(run / "report" / "figures" / "05_roc.png")
+    assert written.mode == "P" and written.size == (400, 100)
+
+
+@pytest.mark.parametrize(("dpi", "shown"), [(None, 400), (72, 400), (100, 400), (200, 200)])
+def test_a_figure_is_shown_at_its_size_in_inches(tmp_path, dpi, shown):
+    stream = io.BytesIO()
+    Image.new("RGB", (400, 200)).save(stream, "PNG", dpi=dpi and (dpi, dpi))
+    size = pages.write_figure(stream.getvalue(), tmp_path / "f.png")
+    assert size == Image.open(tmp_path / "f.png").size == (shown, shown // 2)
 
 
 def test_a_thin_line_over_a_colourful_image_keeps_its_colour(tmp_path):
