@@ -278,6 +278,7 @@ def test_real_specimen_within_three_percent_of_bonej(specimen):
     )
 
 
+@pytest.mark.slow  # simulated patches are ranked below
 def test_mr_of_the_real_specimen_ranks_its_blocks_as_the_truth_does(specimen, benchmark):
     truths, patches = benchmark.specimen_patches(specimen)
     spacing = (16 * 0.0456, 5 * 0.0456, 5 * 0.0456)

@@ -68,6 +68,7 @@ def test_two_knees_are_split_and_the_patients_right_is_at_minus_x(tmp_path, knee
     assert not findings["level"].eq("fatal").any(), list(findings["finding"])
 
 
+@pytest.mark.slow  # simulated knees have a fibula too, see below
 def test_the_fibula_of_a_real_right_knee_gives_its_side(real_data):
     labels = sitk.ReadImage(str(real_data / "knee_labels.nrrd"))
     array = sitk.GetArrayFromImage(labels)

@@ -61,6 +61,7 @@ def test_an_unfit_cluster_is_one_sentence(dask, tmp_path, monkeypatch):
         cluster.connect(dask.scheduler_address, tmp_path)
 
 
+@pytest.mark.slow  # every worker loads the libraries of the diagnosis
 def test_diagnosis_gives_the_same_bits_on_a_cluster(dask, tmp_path):
     patches = toy()
     splits = splits_of(patches)

@@ -93,6 +93,7 @@ def installed(wheel, tmp_path_factory):
     return scripts
 
 
+@pytest.mark.slow  # its content is compared above
 def test_an_installed_wheel_runs_and_finds_notebooks_and_model(installed, tmp_path):
     version = PROJECT["project"]["version"]
     assert run([installed / "ctsma", "--version"], tmp_path) == f"ctsma {version}\n"

@@ -28,9 +28,13 @@ CT_ARMS += ("ct_sma_plus",)
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Folder of one finished tiny run, by the command in a process of its own."""
+    """Folder of one finished tiny run, by the command in a process of its own.
+
+    One job: another process of the tests has the other core, and each worker would have to load all
+    libraries. Workers train in test_distillation.py and compute knees in test_cache.py.
+    """
     base = tmp_path_factory.mktemp("study")
-    command = [sys.executable, "-m", "ctsma.cli", "run", "--profile", "tiny", "--jobs", "2"]
+    command = [sys.executable, "-m", "ctsma.cli", "run", "--profile", "tiny", "--jobs", "1"]
     done = subprocess.run(command, cwd=base, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return base / "runs" / "tiny"
@@ -163,6 +167,7 @@ def test_a_knee_with_ct_alone_is_predicted_and_diagnosed(tiny, tmp_path, run_not
     assert 0 <= judged["ct_only_knees"]["auc_all"]["auc"] <= 1
 
 
+@pytest.mark.slow  # test_prediction.py exports and reads with a model of its own
 def test_the_studys_model_reads_a_ct(tiny, tmp_path, monkeypatch, in_process):
     monkeypatch.chdir(tiny.parents[1])
     model, out = tmp_path / "model", tmp_path / "out"

@@ -452,18 +452,18 @@ def both_knees(image, side):
     return both
 
 
-def test_orientation_field_of_view_and_the_other_knee_change_nothing(
-    good, wide, good_knee, ensemble
-):
-    columns, wanted = list(BIOMARKERS), good_knee.compartments[list(BIOMARKERS)]
-    ct, side = good
-    turned = predict_knee(sitk.DICOMOrient(ct, "PIR"), side, ensemble).compartments
-    pd.testing.assert_frame_equal(wanted, turned[columns], rtol=1e-5)
-    # another view moves a mask by a part of a voxel; of two knees each is the other's mirror image
-    both = both_knees(*wide)
-    for view, side in ((both, "L"), (both, "R")):
-        found = predict_knee(view, side, ensemble).compartments
-        pd.testing.assert_frame_equal(wanted, found[columns], rtol=0.02)
+def test_orientation_changes_nothing(good, good_knee, ensemble):
+    columns = list(BIOMARKERS)
+    turned = predict_knee(sitk.DICOMOrient(good[0], "PIR"), good[1], ensemble).compartments
+    pd.testing.assert_frame_equal(good_knee.compartments[columns], turned[columns], rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["L", pytest.param("R", marks=pytest.mark.slow)])
+def test_field_of_view_and_the_other_knee_change_nothing(wide, good_knee, ensemble, side):
+    """Another view moves a mask by a part of a voxel; each knee is the other's mirror image."""
+    columns = list(BIOMARKERS)
+    found = predict_knee(both_knees(*wide), side, ensemble).compartments
+    pd.testing.assert_frame_equal(good_knee.compartments[columns], found[columns], rtol=0.02)
 
 
 def scaled(ct, gain=1.0, shift=0.0, noise=0.0):
@@ -676,7 +676,7 @@ def test_the_cts_of_a_manifest_are_read_and_their_checksums_compared(
 
 
 def test_a_dicom_folder_gives_what_the_nifti_file_gives_without_the_name(
-    predicted, good, model, tmp_path
+    predicted, good, model, tmp_path, in_process
 ):
     ct = sitk.Cast(good[0] + 0.5, sitk.sitkInt16)
     for name, thickness_mm in (("series", 0.625), ("thick", 3.0)):

@@ -242,7 +242,10 @@ def ends(control):
     return control.min, control.max
 
 
-@pytest.mark.parametrize("tutorial", MODULES)
+SLOW = [pytest.param("T3", marks=pytest.mark.slow)]  # trains; its notebook runs above
+
+
+@pytest.mark.parametrize("tutorial", [name for name in MODULES if name != "T3"] + SLOW)
 def test_figures_follow_their_sliders_from_end_to_end(tutorial, monkeypatch):
     module = import_module(f"ctsma_lab.tutorials.{MODULES[tutorial]}")
     one_epoch = t3_training.SETTINGS.model_copy(update={"epochs": 1})
@@ -365,9 +368,8 @@ def test_answers_of_wrong_exercises_are_an_error():
     assert "✔" in check("T1.1", 1 / 3)._repr_markdown_()
 
 
-@pytest.mark.parametrize(
-    "stage", ["04_icc_agreement", pytest.param("05_roc_diagnosis", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # test_pipeline.py looks at a finished run without its notebooks
+@pytest.mark.parametrize("stage", ["04_icc_agreement", "05_roc_diagnosis"])
 def test_a_notebook_of_the_study_shows_the_shipped_run_and_changes_no_file(stage, run_notebook):
     files = {path: path.read_bytes() for path in DATA.rglob("*") if path.is_file()}
     notebook = run_notebook(REPOSITORY / "notebooks" / f"{stage}.ipynb", run_dir="data/run")
@@ -378,6 +380,7 @@ def test_a_notebook_of_the_study_shows_the_shipped_run_and_changes_no_file(stage
     assert files == {path: path.read_bytes() for path in DATA.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_knee_with_ct_alone_is_diagnosed(tmp_path, run_notebook):
     """Notebook 5 on 24 knees of the shipped run; the last knee is read by CT alone."""
     run = Path(shutil.copytree(DATA / "run", tmp_path / "run"))
@@ -398,6 +401,7 @@ def test_a_knee_with_ct_alone_is_diagnosed(tmp_path, run_notebook):
         assert 0 <= judged["ct_only_knees"][name]["auc"] <= 1
 
 
+@pytest.mark.slow  # test_explore.py draws all of it without the notebook
 def test_the_explorer_runs_on_the_shipped_data(run_notebook):
     path = TUTORIALS / "explore.ipynb"
     code = [cell for cell in cells_of(path) if cell.cell_type == "code"]
