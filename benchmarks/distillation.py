@@ -53,7 +53,8 @@ from ctsma.distillation import (
 from ctsma.distillation.data import make_input, ridge_prediction
 from ctsma.distillation.training import autocast, with_teacher_labels
 from ctsma.files import atomic, git_commit, write_json, write_text
-from ctsma.models import N_CALIBRATED, Network, build, fit_ridge, ridge_features
+from ctsma.models import Network, build
+from ctsma.ridge import N_CALIBRATED, fit_ridge, ridge_features
 from ctsma_lab.agreement_views import nested
 from ctsma_lab.training_views import read_records
 from kneesim import draw_subjects, load_protocol, protocol_sha256

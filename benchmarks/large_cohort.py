@@ -35,7 +35,7 @@ from ctsma.diagnosis.transformer import TransformerSettings, cross_validate_arms
 from ctsma.distillation import load_model, predict, prepare
 from ctsma.distillation.data import ridge_of
 from ctsma.files import git_commit, sha256_file, versions, write_json, write_text
-from ctsma.models import apply_ridge
+from ctsma.ridge import apply_ridge
 from ctsma_lab import diagnosis_views
 from ctsma_lab.agreement_views import nested
 from ctsma_lab.cluster import on_cluster

@@ -29,11 +29,11 @@ from ctsma import agreement, patches
 from ctsma.cohort import read_manifest, read_splits, splits_path
 from ctsma.common import BIOMARKERS, BONES
 from ctsma.files import git_commit, write_json
-from ctsma.models import ct_features
 from ctsma.parallel import run_tasks
 from ctsma.registration import isotropic, read_transforms
 from ctsma.registration.trabeculae import highpass, trabecular_correlation
 from ctsma.registration.transforms import apply_rigid, sample_points
+from ctsma.ridge import ct_features
 from ctsma_lab.run import Run
 from kneesim import QUICK_FIELD_MM, Truth, draw_subjects, load_protocol, protocol_sha256, read_truth
 from kneesim import knees as simulator

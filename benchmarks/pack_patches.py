@@ -19,8 +19,8 @@ from ctsma.cohort import make_splits
 from ctsma.common import BIOMARKERS, InputError
 from ctsma.distillation import TrainingData, prepare
 from ctsma.files import atomic, git_commit
-from ctsma.models import apply_ridge, fit_ridge
 from ctsma.patches import Patches, load_patches
+from ctsma.ridge import apply_ridge, fit_ridge
 from ctsma_lab.run import Run
 from kneesim import protocol_sha256
 

@@ -48,10 +48,10 @@ def source_sha256(module: str) -> str:
     return content_hash(sorted(found.items()))
 
 
-def imported_modules(source: str, package: str = "") -> set[str]:
-    """Modules of the project that a Python source imports; `package` resolves relative imports."""
+def imported_modules(tree: ast.AST, package: str = "") -> set[str]:
+    """Modules of the project that parsed code imports; `package` resolves relative imports."""
     names = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -70,8 +70,8 @@ def _source(module: str) -> Path:
 def _read(module: str) -> tuple[set[str], list[str]]:
     """Modules of the project that a module imports, and its code as `source_sha256` counts it."""
     source = _source(module)
-    text, is_package = source.read_text(encoding="utf-8"), source.name == "__init__.py"
-    tree = ast.parse(text)
+    is_package = source.name == "__init__.py"
+    tree = ast.parse(source.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         holds_docstring = isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
         if holds_docstring and ast.get_docstring(node) is not None:
@@ -80,7 +80,7 @@ def _read(module: str) -> tuple[set[str], list[str]]:
     read = [yaml.safe_load(file.read_bytes()) for file in data if file.name not in NOT_FOLLOWED]
     package = module if is_package else module.rpartition(".")[0]
     code = [ast.unparse(tree), json.dumps(read, sort_keys=True, default=str)]
-    return imported_modules(text, package), code
+    return imported_modules(tree, package), code
 
 
 def read_record(path: str | Path, key: str) -> dict | None:

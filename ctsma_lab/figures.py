@@ -189,7 +189,9 @@ def curves(ax: Axes, table: pd.DataFrame, y: str, title: str) -> Axes:
         for _, line in rows.groupby(keys):
             ax.plot(line["epoch"], line[y], **style)
         ax.plot([], [], label=label_of(arm), **style)
-    ax.set(xlabel="epoch", ylabel=y.replace("_", " "), title=title, yscale="log")
+    ax.set(
+        xlabel="epoch", ylabel=y.replace("_", " ").replace("mse", "MSE"), title=title, yscale="log"
+    )
     ax.legend(frameon=False, fontsize=8)
     return ax
 

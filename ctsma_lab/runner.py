@@ -1,5 +1,6 @@
 """Runs the notebooks in order with papermill: checked parameters, resume by content hash."""
 
+import ast
 import difflib
 import json
 import logging
@@ -269,7 +270,7 @@ def _code(stage: str) -> str:
     """Hash of a notebook's cells and of every module of the project that they import."""
     cells = nbformat.read(NOTEBOOKS / f"{stage}.ipynb", as_version=4).cells
     source = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-    modules = sorted(cache.imported_modules(source))
+    modules = sorted(cache.imported_modules(ast.parse(source)))
     return cache.content_hash(
         [cell.source for cell in cells], [cache.source_sha256(m) for m in modules]
     )

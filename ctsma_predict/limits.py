@@ -17,7 +17,7 @@ from scipy import ndimage
 from sklearn.covariance import LedoitWolf
 
 from ctsma.common import BONES, InputError
-from ctsma.models import ct_features
+from ctsma.ridge import ct_features
 
 METAL_HU = 3000.0  # cortical bone stays below 2500 HU (design choice)
 SOFT_HU = (-150.0, 150.0)  # fat and muscle, where noise is measured (design choice)

@@ -8,8 +8,8 @@ from sklearn.metrics import r2_score
 
 from ctsma.common import BIOMARKERS
 from ctsma.diagnosis import auc_delong, compartment_means, cross_validate_tabular
-from ctsma.models import apply_ridge, ct_features, fit_ridge
 from ctsma.patches import Patches
+from ctsma.ridge import apply_ridge, ct_features, fit_ridge
 
 DIRECT_CT = (0.19, 0.65, "direct CT, R2 (Bone 2009, PMID 19442610)")
 RESCAN_CV = (1.0, 6.0, "MR scan and rescan, CV (Bolbos 2008, Zuo 2008)")

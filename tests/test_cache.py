@@ -1,5 +1,6 @@
 """Parallel work over knees and its records: what is reused, what is computed again, what fails."""
 
+import ast
 import json
 import platform
 import re
@@ -108,7 +109,7 @@ def test_a_worker_that_dies_costs_no_finished_knee(tmp_path):
 def test_the_hash_of_code_follows_imports():
     source = "from . import dicom\nfrom ..cohort.images import x\nimport ctsma.cohort, numpy"
     expected = {"ctsma.cohort.dicom", "ctsma.cohort.images", "ctsma.cohort"}
-    assert imported_modules(source, "ctsma.cohort") == expected
+    assert imported_modules(ast.parse(source), "ctsma.cohort") == expected
     assert source_sha256("ctsma.cohort.manifest") != source_sha256("ctsma.common")
 
 

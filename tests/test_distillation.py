@@ -40,8 +40,9 @@ from ctsma.distillation.data import (
 )
 from ctsma.distillation.losses import knee_level_mse
 from ctsma.distillation.training import TeacherCache, predict_rows, train
-from ctsma.models import apply_ridge, build
+from ctsma.models import build
 from ctsma.patches import Patches, portions, to_ct_grid
+from ctsma.ridge import apply_ridge
 from ctsma_lab.registration_views import patch_correlation
 from ctsma_lab.training_views import read_records
 from ctsma_predict.ct_only import predict_ct_only

@@ -9,19 +9,18 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from statsmodels.api import GLS
 
-from ctsma import models
+from ctsma import ridge
 from ctsma.arms import validated
 from ctsma.common import InputError
 from ctsma.distillation import Settings
-from ctsma.models import (
+from ctsma.models import build, masked_mean
+from ctsma.ridge import (
     ALPHAS,
     N_CALIBRATED,
     apply_ridge,
-    build,
     correlation_within,
     ct_features,
     fit_ridge,
-    masked_mean,
     ridge_features,
 )
 from kneesim.difficulty import ridge_estimates
@@ -140,7 +139,7 @@ def test_the_knee_level_ridge_is_generalised_least_squares():
     rho = 0.4
     covariance = rho * (knees[:, None] == knees) + (1 - rho) * np.eye(len(knees))
     expected = GLS(y, np.column_stack([np.ones(len(x)), x]), sigma=covariance).fit().params
-    found = models._gls_ridge(x, y[:, None], knees, rho, np.array([1e-9]))
+    found = ridge._gls_ridge(x, y[:, None], knees, rho, np.array([1e-9]))
     np.testing.assert_allclose(found[:, 0], expected, rtol=1e-6)
 
 

@@ -18,9 +18,10 @@ from ctsma.arms import ARMS, TRAINED, Arm, validated
 from ctsma.cache import content_hash, read_record, source_sha256, time_left
 from ctsma.common import BIOMARKERS, InputError
 from ctsma.files import sha256_file, versions
-from ctsma.models import Network, apply_ridge
+from ctsma.models import Network
 from ctsma.parallel import run_tasks
 from ctsma.patches import Patches, mean_cortical_hu, portions
+from ctsma.ridge import apply_ridge
 
 from .checkpoints import load_model, save_model
 from .data import IMAGES, Fold, TrainingData, make_fold, prepare_in_files, ridge_of

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ctsma.arms import ARMS, Arm
 from ctsma.common import BIOMARKERS, InputError
-from ctsma.models import N_CALIBRATED, RidgeFit, apply_ridge, fit_ridge, ridge_features
 from ctsma.patches import Patches, mean_cortical_hu, portions, to_ct_grid
+from ctsma.ridge import N_CALIBRATED, RidgeFit, apply_ridge, fit_ridge, ridge_features
 
 from .settings import Settings
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ctsma.common import InputError
-from ctsma.models import quasi_demeaning
+from ctsma.ridge import quasi_demeaning
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ from ctsma.distillation import (
 )
 from ctsma.distillation.losses import knee_level_mse
 from ctsma.distillation.training import with_teacher_labels
-from ctsma.models import Network, quasi_demeaning
+from ctsma.models import Network
 from ctsma.patches import CT_SPACING_MM, MR_SPACING_MM
+from ctsma.ridge import quasi_demeaning
 from ctsma_lab import figures
 
 from .data import PATCH, read_patch_images, read_patches
