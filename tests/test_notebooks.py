@@ -45,18 +45,20 @@ def results(run, name):
 
 
 def test_every_notebook_ran_to_its_end(tiny):
+    shown = 0
     for stage in RESULTS:
         notebook = nbformat.read(tiny / "notebooks" / f"{stage}.ipynb", as_version=4)
         counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
         assert counts == list(range(1, len(counts) + 1)), stage
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         assert not [output.text for output in outputs if output.get("name") == "stderr"], stage
+        shown += sum("image/png" in output.get("data", {}) for output in outputs)
         assert (tiny / "report" / f"{stage}.html").stat().st_size > 10_000
     assert len(list((tiny / "figures").glob("*.png"))) >= 10
     drawn, tables = (
         {f.stem for f in (tiny / "figures").glob(f"*.{end}")} for end in ("png", "csv")
     )
-    assert drawn == tables
+    assert drawn == tables and shown == len(drawn)
     assert "<b>Figure 3.</b>" in (tiny / "report" / "explore.html").read_text()
 
 
