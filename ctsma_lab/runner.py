@@ -137,6 +137,8 @@ def run(
     for name in ONE_THREAD:
         os.environ.setdefault(name, "1")
     with _locked(path):
+        for shared in path.glob("models/.data-*"):  # images of a training that was killed
+            shutil.rmtree(shared)
         write_json(path / "run.json", {"profile": profile} | identity)
         for step in steps:
             stage = step["stage"]

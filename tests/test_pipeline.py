@@ -145,6 +145,14 @@ def test_changed_code_and_damaged_results_run_again(small_study):
     assert calls(small_study) == "1222"
 
 
+def test_the_images_of_a_training_that_was_killed_are_removed(small_study):
+    left = small_study / "models" / ".data-a1b2" / "ct"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"images")
+    start(small_study)
+    assert not left.parent.exists() and left.parents[1].exists()
+
+
 def test_a_rewritten_file_of_equal_content_is_not_a_change(small_study):
     start(small_study)
     file = small_study / "results" / "first.json"
