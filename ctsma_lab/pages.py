@@ -19,7 +19,9 @@ from ctsma.files import atomic, write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_DPI = 100  # pixels of a page for an inch of a figure (design choice)
-COLOURS = 128  # of the palette of a figure; about a third of the size (design choice)
+COLOURS = 128  # of the palette of a figure with images; a third of the size (design choice)
+CHART_COLOURS = 256  # of the palette of a chart, whose own colours are no more than MANY
+MANY = 4096  # colours; a chart has hundreds, by its smooth edges, and an image many thousands
 WIDE = 1.7  # width over height from which a figure scrolls on a narrow screen (design choice)
 CAPTION = re.compile(r"\*+(Key figure|Figure)\.\*+ *")
 # A folder and a name after it, as in /data/me/knees.csv; no link, closing tag or fraction.
@@ -108,7 +110,7 @@ def _take_caption(cell: NotebookNode) -> str:
 
 
 def write_figure(source: Path | bytes, file: Path) -> tuple[int, int]:
-    """Write a PNG on white, at SHOWN_DPI and with a palette of COLOURS.
+    """Write a PNG on white, at SHOWN_DPI and with a palette.
 
     The palette covers all colours of the figure, however few pixels have them, so that thin lines
     over grey images keep theirs. Returns (width, height) in pixels.
@@ -117,9 +119,10 @@ def write_figure(source: Path | bytes, file: Path) -> tuple[int, int]:
     shrink = round(image.info.get("dpi", (SHOWN_DPI,))[0] / SHOWN_DPI)
     image = image.convert("RGBA").reduce(max(shrink, 1))
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    n_colours = CHART_COLOURS if flat.getcolors(MANY) else COLOURS
     palette = {"method": Image.Quantize.MAXCOVERAGE, "dither": Image.Dither.NONE}
     with atomic(file) as temporary:
-        flat.quantize(COLOURS, **palette).save(temporary)
+        flat.quantize(n_colours, **palette).save(temporary, optimize=True)
     return image.size
 
 
