@@ -1,6 +1,7 @@
 """The results files of a run as sentences, Markdown tables and one figure."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
@@ -447,7 +448,7 @@ def profiles_table() -> str:
     rows = []
     for name, profile in profiles().items():
         minutes = sum(profile["minutes"].values())
-        time = f"{minutes:.0f} min" if minutes else "not measured"
+        time = f"{math.ceil(minutes)} min" if minutes else "not measured"  # start and report too
         own = {"profile": f"`{name}`", "what": profile["about"], "time, two cores": time}
         rows.append(own | {"disk, GB": profile["disk_gb"]})
     return pd.DataFrame(rows).to_markdown(index=False)
