@@ -202,7 +202,6 @@ assert targets.shape == (6, 5) and output.shape == (2, 5)
 """
 
 
-@pytest.mark.slow  # a process of its own that measures and trains
 def test_a_fifth_biomarker_follows_the_recipe():
     run = [sys.executable, "-c", FIFTH_BIOMARKER]
     done = subprocess.run(run, cwd=REPOSITORY, capture_output=True, text=True)
