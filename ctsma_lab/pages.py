@@ -88,7 +88,8 @@ def _take_out_figures(name: str, notebook: NotebookNode, run_path: Path, report:
             saved = re.search(r'save_figure\(\s*\w+, "(\w+)"', cell.source)
             figure = saved[1] if saved else f"{name}_{number}"
             file, kept = f"figures/{figure}.png", run_path / "figures" / f"{figure}.png"
-            size = write_figure(kept if kept.exists() else base64.b64decode(data), report / file)
+            png = kept if kept.exists() else io.BytesIO(base64.b64decode(data))
+            size = write_figure(png, report / file)
             table = copy_table(saved[1], run_path, report) if saved else None
             label = f"Figure {int(name[:2])}.{number}."
             shown = figure_html(label, file, size, markdown2html(caption), table)
@@ -109,13 +110,13 @@ def _take_caption(cell: NotebookNode) -> str:
     return CAPTION.sub("", caption)
 
 
-def write_figure(source: Path | bytes, file: Path) -> tuple[int, int]:
+def write_figure(png: Path | io.BytesIO, file: Path) -> tuple[int, int]:
     """Write a PNG on white, at SHOWN_DPI and with a palette.
 
     The palette covers all colours of the figure, however few pixels have them, so that thin lines
     over grey images keep theirs. Returns (width, height) in pixels.
     """
-    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    image = Image.open(png)
     shrink = round(image.info.get("dpi", (SHOWN_DPI,))[0] / SHOWN_DPI)
     image = image.convert("RGBA").reduce(max(shrink, 1))
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -25,6 +25,7 @@ from dicom_import.registration_pages import draw_knee, write_pages
 from . import explore
 from .methods import write_methods
 from .pages import (
+    SHOWN_DPI,
     TEMPLATES,
     copy_table,
     figure_html,
@@ -51,7 +52,6 @@ from .tables import (
 EXPLORE = "One knee, one patch, one arm"  # title of the page with the explorer's figures
 KEY_FIGURES = yaml.safe_load(Path(__file__).with_name("key_figures.yaml").read_text("utf-8"))
 README_FIGURES = ("04_agreement", "02_tre", "05_roc")  # of the key figures
-DPI = 100  # of the explorer's figures
 FEW_KNEES = 16  # their images are drawn before other processes have loaded their libraries
 EXPLORED = {  # captions of the explorer's figures
     "knee": (
@@ -245,9 +245,9 @@ def _explored(run_path: Path) -> str:
     tables, shown = explore.static_tables(study, knee_id), []
     for name, figure in explore.static_figures(study, knee_id).items():
         stream, stem = io.BytesIO(), f"figures/explore_{name}"
-        figure.savefig(stream, format="png", dpi=DPI)
+        figure.savefig(stream, format="png", dpi=SHOWN_DPI)
         plt.close(figure)
-        size = write_figure(stream.getvalue(), report / f"{stem}.png")
+        size = write_figure(stream, report / f"{stem}.png")
         table = None
         if len(tables[name]):
             table = f"{stem}.csv"

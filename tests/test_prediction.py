@@ -676,7 +676,7 @@ def test_the_cts_of_a_manifest_are_read_and_their_checksums_compared(
 
 
 def test_a_dicom_folder_gives_what_the_nifti_file_gives_without_the_name(
-    predicted, good, model, tmp_path, in_process
+    predicted, good, model, tmp_path
 ):
     ct = sitk.Cast(good[0] + 0.5, sitk.sitkInt16)
     for name, thickness_mm in (("series", 0.625), ("thick", 3.0)):

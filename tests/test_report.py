@@ -128,7 +128,7 @@ def test_a_figure_has_its_caption_and_the_table_behind_it(run):
 def test_a_figure_is_shown_at_its_size_in_inches(tmp_path, dpi, shown):
     stream = io.BytesIO()
     Image.new("RGB", (400, 200)).save(stream, "PNG", dpi=dpi and (dpi, dpi))
-    size = pages.write_figure(stream.getvalue(), tmp_path / "f.png")
+    size = pages.write_figure(stream, tmp_path / "f.png")
     assert size == Image.open(tmp_path / "f.png").size == (shown, shown // 2)
 
 
@@ -140,7 +140,7 @@ def test_the_shades_of_a_chart_keep_their_colours(tmp_path):
     image = np.repeat(np.repeat(shades, 20, axis=0), 20, axis=1).astype(np.uint8)
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, format="png")
-    pages.write_figure(stream.getvalue(), tmp_path / "f.png")
+    pages.write_figure(stream, tmp_path / "f.png")
     shown = np.asarray(Image.open(tmp_path / "f.png").convert("RGB")).astype(int)
     assert np.abs(shown - image).max() <= 6
 
@@ -152,7 +152,7 @@ def test_a_thin_line_over_a_colourful_image_keeps_its_colour(tmp_path):
     image[100], image[50, :60] = green, blue
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, format="png")
-    assert pages.write_figure(stream.getvalue(), tmp_path / "f.png") == (300, 200)
+    assert pages.write_figure(stream, tmp_path / "f.png") == (300, 200)
     shown = np.asarray(Image.open(tmp_path / "f.png").convert("RGB")).astype(int)
     assert np.abs(shown[100] - green).max() <= 20
     assert np.abs(shown[50, :60] - blue).max() <= 20

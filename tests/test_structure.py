@@ -20,16 +20,8 @@ from ctsma_lab.runner import STAGES, notebook_parameters
 REPOSITORY = Path(__file__).parents[1]
 # A module of ctsma imports only modules that stand before it.
 ORDER = ["common", "files", "compiled", "parallel", "cache", "arms", "cohort", "registration"]
-ORDER += [
-    "biomarkers",
-    "patches",
-    "ridge",
-    "models",
-    "distillation",
-    "agreement",
-    "diagnosis",
-    "cli",
-]
+ORDER += ["biomarkers", "patches", "ridge", "models", "distillation"]
+ORDER += ["agreement", "diagnosis", "cli"]
 # Packages that ctsma does not import; each may import those before it.
 BESIDE = ["kneesim", "dicom_import", "ctsma_predict", "ctsma_lab"]
 PACKAGES = ["ctsma", *BESIDE]

@@ -380,7 +380,6 @@ def test_a_notebook_of_the_study_shows_the_shipped_run_and_changes_no_file(stage
     assert files == {path: path.read_bytes() for path in DATA.rglob("*") if path.is_file()}
 
 
-@pytest.mark.slow
 def test_a_knee_with_ct_alone_is_diagnosed(tmp_path, run_notebook):
     """Notebook 5 on 24 knees of the shipped run; the last knee is read by CT alone."""
     run = Path(shutil.copytree(DATA / "run", tmp_path / "run"))
