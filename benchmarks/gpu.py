@@ -4,10 +4,11 @@
 
 For teacher, student and eight students side by side on each grid, several batch sizes, with and
 without CUDA graph: patches and floating-point operations per second of a whole training step
-(input, loss, gradient, AdamW), the share of the rate of a plain 3D convolution, and the peak of
-memory. The plain convolution is 3 x 3 x 3, 64 channels to 64, in the same precision, batch and
-grid, forward and backward, without anything else. A layout other than channels last is measured
-at one batch size, and torch.compile with --compile alone, because it takes minutes.
+(input, loss, gradient, AdamW), the share of the rate of a plain 3D convolution, the peak of memory,
+and the kernels that take most of the time. The plain convolution is 3 x 3 x 3, 64 channels to 64,
+in the same precision, batch and grid, forward and backward, without anything else. A layout other
+than channels last is measured at one batch size, and torch.compile with --compile alone, because it
+takes minutes.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from packed import BadInput, read_packed, run_main, write_json
 from packed_networks import GRIDS
 from packed_training import PER_KNEE, Arm, Group, Resident, Speed, check_device
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 ROLES = {"teacher": [Arm("teacher", role="teacher")], "student": [Arm("ct_only")]}
@@ -30,6 +32,7 @@ ROLES["8 students"] = ROLES["student"] * 8
 PLAIN_CHANNELS = 64
 COMPACT_GRID = (12, 12, 12)  # of the first stage
 REPEATS = 5
+N_KERNELS = 12  # that are named of each network
 MODES = {"eager": (False, False), "graph": (False, True)}
 COMPILE = {"compile": (True, True)}
 
@@ -54,6 +57,21 @@ def operations(step: Callable[[], None]) -> int:
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
+
+
+def longest_kernels(step: Callable[[], None], cuda: bool) -> list[dict]:
+    """Name, calls and share of the time of the kernels (CPU: operators) that take most of it."""
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as record:
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+    rows = []
+    for event in record.key_averages():
+        taken = event.self_device_time_total if cuda else event.self_cpu_time_total
+        rows.append({"name": event.key[:120], "calls": event.count, "share": taken})
+    total = sum(row["share"] for row in rows)
+    rows = sorted(rows, key=lambda row: row["share"], reverse=True)[:N_KERNELS]
+    return [row | {"share": row["share"] / total} for row in rows if total]
 
 
 def plain_rate(batch: int, grid: tuple[int, ...], device: str, bfloat16: bool) -> float:
@@ -114,6 +132,7 @@ def measure(
     taken = best_seconds(step, cuda)
     row |= {"patches_per_s": n_patches / taken, "tflops": n_operations / taken / 1e12}
     row["gflop_per_patch"] = n_operations / n_patches / 1e9
+    row["kernels"] = longest_kernels(step, cuda)
     if cuda:
         row["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return row

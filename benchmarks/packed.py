@@ -83,6 +83,14 @@ class Packed:
         """Number of folds."""
         return len(self.ridge)
 
+    def images_sha256(self) -> str:
+        """SHA-256 of images, regions, knees and folds; patches packed again have the same."""
+        digest = hashlib.sha256()
+        for values in (self.mr, self.ct, np.packbits(self.voi), self.fold):
+            digest.update(np.ascontiguousarray(values).tobytes())
+        digest.update("\n".join(map(str, self.knee_id)).encode())
+        return digest.hexdigest()
+
     def relative_mr(self) -> tuple[ndarray, ndarray]:
         """a, b (n,) of MR relative to its bright marrow: a + b q."""
         step = (self.mr_high - self.mr_low) / 255

@@ -10,7 +10,8 @@ the same for the last stage; each also with calibrated HU as a third channel (`_
 is seed, fold, arm, so that a stop leaves complete seeds. Predictions of every network are written
 whole and never made again. Writes OUT/<network>.json, also with `--minutes 0`.
 
-With --tune, learning rate and warm-up are chosen first, on the patches of another file.
+With --tune, learning rate and warm-up of teacher and student are chosen first, on the patches of
+another file.
 """
 
 import argparse
@@ -33,6 +34,9 @@ TEACHER = Arm("teacher", role="teacher")
 RIDGE = "ridge_cortex"  # the calibrated ridge of the packed file
 RATES = {"compact": 6e-3, "native": 1e-3, "published": 1e-3}  # without --tune; design choice
 TOGETHER = {"compact": 12, "native": 10, "published": 2}  # arms; they fit into 80 GB
+# The grid on which rates are chosen; on the published one that would take most of the time
+TUNED_ON = {"compact": "compact", "native": "native", "published": "native"}
+TUNED_ARM = {"teacher": "teacher", "student": "ct_only"}  # the arm that stands for its role
 WARM_UP = 0.3  # share of the steps, without --tune; design choice
 GATE = 0.8  # largest relative error of an undistilled student that has learned; design choice
 NOT_DONE = "The undistilled student's relative error is not below 0.8: optimisation is not done."
@@ -54,7 +58,13 @@ def students() -> list[Arm]:
 
 
 ARMS = {arm.name: arm for arm in [TEACHER, *students()]}
-DEFAULT_ARMS = [name for name in ARMS if not name.startswith("residual")]
+ALL_BUT_RESIDUAL = [name for name in ARMS if not name.startswith("residual")]
+# Without --arms. On the published grid a teacher takes two minutes, a student almost one
+DEFAULT_ARMS = {
+    "compact": ALL_BUT_RESIDUAL,
+    "native": ALL_BUT_RESIDUAL,
+    "published": ["teacher", "ct_only", "l1_0.1"],
+}
 
 
 def comparisons(names: list[str]) -> list[tuple[str, str]]:
@@ -91,7 +101,7 @@ class Study:
         self.data, self.out, self.size = read_packed(file), out, size
         self.device, self.speed, self.deadline = device, speed, deadline
         self.settings, self.seconds, self.groups = settings, {}, {}
-        self.file_sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        self.images_sha256 = self.data.images_sha256()
         self.patches = Resident(self.data, device)
         self.maps = None
 
@@ -99,7 +109,7 @@ class Study:
         """File of an arm's predictions; its name has the key of data, settings and method."""
         names = {"epochs", "knees", arm.role} | ({"teacher"} if arm.gamma else set())
         choices = {name: self.settings[name] for name in sorted(names)}
-        described = [METHOD, self.file_sha256, self.size, arm.__dict__, k, seed, choices]
+        described = [METHOD, self.images_sha256, self.size, arm.__dict__, k, seed, choices]
         described += [self.speed.bfloat16]
         key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:10]
         return self.out / self.size / f"{arm.name}_fold{k}_seed{seed}_{key}.npz"
@@ -211,14 +221,14 @@ class Study:
         left = [(arm, k, seed) for seed, k, arm in jobs if not self.path(arm, k, seed).exists()]
         return [f"{arm.name}, fold {k}, seed {seed}" for arm, k, seed in left]
 
-    def tune(self, candidates: list[dict]) -> dict:
-        """Learning rate and warm-up of the undistilled student, on the test subjects of fold 0.
+    def tune(self, arm: Arm, candidates: list[dict]) -> dict:
+        """Learning rate and warm-up of an arm, on the test subjects of fold 0.
 
         The choice of `steady` with its error, and all candidates.
         """
         self.patches.use_fold(0)
         rows, n, found = self.patches.rows(0)[1], self.settings["together"], []
-        target, arm = self.data.targets[rows], ARMS["ct_only"]
+        target = self.data.targets[rows]
         for i in range(0, len(candidates), n):
             some = candidates[i : i + n]
             options = self.size, self.patches, self.settings["knees"], self.speed
@@ -228,7 +238,7 @@ class Study:
                 error = group.predict(member, rows) - target
                 relative = float(((error**2).mean(axis=0) / target.var(axis=0)).mean())
                 found.append(choice | {"tuning_error": relative, "fit_error": float(curve[-1])})
-                print(f"candidate: {found[-1]}", flush=True)
+                print(f"{arm.name}: candidate: {found[-1]}", flush=True)
         return steady(found) | {"candidates": found}
 
     def results(self, arms: list[Arm], seeds: int) -> dict:
@@ -347,23 +357,23 @@ def settings_of(given: argparse.Namespace, speed: Speed, deadline: float) -> dic
     """Settings of all networks: stored ones of an earlier tuning, tuned now, or the defaults."""
     together = given.together or TOGETHER[given.network]
     shared = {"epochs": given.epochs, "knees": given.knees, "together": together}
-    path = given.out / f"tuning_{given.network}_{given.epochs}.json"
+    network = TUNED_ON[given.network]
+    path = given.out / f"tuning_{network}_{given.epochs}.json"
     default = {"rate": RATES[given.network], "warm_up": WARM_UP}
     if path.exists():
         chosen = json.loads(path.read_text())
         print(f"Learning rate and warm-up are those of {path}.", flush=True)
     elif given.tune:
         check_other_patches(read_packed(given.file), read_packed(given.tune))
-        study = Study(given.tune, given.out, given.network, given.device, speed, shared, deadline)
+        options = shared | {"together": given.together or TOGETHER[network]}
+        study = Study(given.tune, given.out, network, given.device, speed, options, deadline)
         pairs = product(given.rates, given.warm_ups)
         candidates = [{"rate": rate, "warm_up": warm_up} for rate, warm_up in pairs]
-        student = study.tune(candidates)
-        teacher = {"rate": student["rate"], "warm_up": student["warm_up"]}
-        chosen = {"teacher": teacher, "student": student}
+        chosen = {role: study.tune(ARMS[name], candidates) for role, name in TUNED_ARM.items()}
         path.write_text(json.dumps(chosen, indent=1) + "\n")
     else:
         print("Learning rate and warm-up are defaults; --tune chooses them.", flush=True)
-        chosen = dict.fromkeys(("teacher", "student"), default)
+        chosen = dict.fromkeys(TUNED_ARM, default)
     return shared | chosen
 
 
@@ -381,9 +391,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--knees", type=int, default=4, help="in a batch, 8 patches of each")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=DEFAULT_ARMS)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="all, see DEFAULT_ARMS")
     parser.add_argument("--tune", type=Path, help="packed file of knees that are never reported")
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 2e-3, 4e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 2e-3, 4e-3])
     parser.add_argument("--warm-ups", type=float, nargs="+", default=[0.3])
     parser.add_argument("--together", type=int, help="arms that are trained at the same time")
     parser.add_argument("--compile", action="store_true", help="torch.compile, minutes at first")
@@ -404,7 +414,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")
     speed = Speed(bfloat16, given.compile, not given.no_graphs)
     settings = settings_of(given, speed, deadline)
-    chosen = set(given.arms)
+    chosen = set(given.arms or DEFAULT_ARMS[given.network])
     if any(ARMS[name].gamma for name in chosen):
         chosen.add(TEACHER.name)
     arms = [arm for name, arm in ARMS.items() if name in chosen]  # the teacher first

@@ -131,6 +131,19 @@ def test_a_damaged_or_foreign_file_is_refused(file, tmp_path, data, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
+def test_patches_packed_again_are_known_as_the_same(tmp_path, data):
+    arrays, found = part_of(data), []
+    darker = arrays | {"ct": arrays["ct"] - 1}
+    for about, content in (
+        ({"git_commit": "a"}, arrays),
+        ({"git_commit": "b"}, arrays),
+        ({}, darker),
+    ):
+        (tmp_path / "file").write_bytes(packed.packed_bytes(content, about))
+        found.append(packed.read_packed(tmp_path / "file").images_sha256())
+    assert found[0] == found[1] != found[2]
+
+
 def test_another_schema_or_split_is_refused(tmp_path, data, monkeypatch):
     arrays = part_of(data)
     with monkeypatch.context() as patched:
@@ -388,7 +401,9 @@ def test_tuning_uses_other_knees(file, tmp_path, tmp_path_factory, monkeypatch):
     assert found["tuned"]
     candidates = found["settings"]["student"]["candidates"]
     assert [row["rate"] for row in candidates] == [1e-4, 1e-2]
-    assert found["settings"]["teacher"]["rate"] == found["settings"]["student"]["rate"] == 1e-2
+    teacher, student = (found["settings"][role] for role in ("teacher", "student"))
+    assert teacher["rate"] == student["rate"] == 1e-2
+    assert teacher["tuning_error"] != student["tuning_error"]
 
 
 def test_a_rate_below_one_that_diverges_is_not_chosen():
@@ -413,5 +428,7 @@ def test_speed_is_measured_and_missing_rows_are_named(file, tmp_path):
     for row in found["rows"]:
         assert row["patches_per_s"] > 0
         assert row["share_of_plain"] > 0
+        assert any("convolution" in kernel["name"] for kernel in row["kernels"])
+        assert 0.5 < sum(kernel["share"] for kernel in row["kernels"]) <= 1
     with pytest.raises(packed.BadInput, match="not available"):
         gpu.main([str(file), "--out", str(out)])
