@@ -236,7 +236,7 @@ def _draw_tre(ax: Axes, images: KneeImages, stage: str) -> None:
     ax.axvline(stage, color="black", linewidth=0.9, linestyle="--", label="chosen stage")
     chosen = ", ".join(f"{bone} {errors[stage][bone].mean():.2f}" for bone in BONES)
     ax.set(yscale="log", ylabel="mean TRE (mm)", title=f"TRE: {chosen} mm")
-    ax.tick_params(axis="x", rotation=30)
+    ax.set_xticks(range(len(errors)), [name.replace("_", " ") for name in errors], rotation=30)
     ax.legend(frameon=False, fontsize=8)
 
 
@@ -287,7 +287,7 @@ def interval_rows(study: Study, biomarker: str, knee_id: str, patch_id: int) -> 
         reference, estimate = table[f"{biomarker}_reference"], table[f"{biomarker}_{arm}"]
         found = cross_conformal(reference, estimate, table["fold"], LEVEL)[at].iloc[0]
         ends = {"low": found["low"], "high": found["high"]}
-        about = {"label": ARMS[arm].label.replace(", ", ",\n"), "colour": ARMS[arm].colour}
+        about = {"label": ARMS[arm].label, "colour": ARMS[arm].colour}
         rows.append(about | {"value": estimate[at].iloc[0]} | ends)
     return pd.DataFrame(rows)
 

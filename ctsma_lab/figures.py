@@ -20,6 +20,7 @@ COLOURS |= {"femur": "#0072B2", "tibia": "#D55E00"}
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # Left, right, top and bottom edge of a slice whose image is in LPS order
 ORIENTATION = {"sagittal": "APSI", "coronal": "RLSI", "axial": "RLAP"}
+LABEL_WIDTH = 40  # characters from which a label is broken at its first comma (design choice)
 _EDGES = ((0.03, 0.5), (0.97, 0.5), (0.5, 0.96), (0.5, 0.04))
 
 
@@ -32,6 +33,14 @@ def label_of(name: str) -> str:
     """Label of an arm or of a model on an arm's estimates; any other name as it is."""
     arm = name.partition(",")[0].partition(" +")[0]
     return ARM_LABELS.get(arm, arm) + name.removeprefix(arm)
+
+
+def wrapped(label: str) -> str:
+    """A label in which long lines are broken at their first comma."""
+    lines = []
+    for line in label.split("\n"):
+        lines.append(line.replace(", ", ",\n", 1) if len(line) > LABEL_WIDTH else line)
+    return "\n".join(lines)
 
 
 def image(
@@ -122,6 +131,8 @@ def points_by_group(ax: Axes, table: pd.DataFrame, x: str, y: str, hue=None, yla
     sns.stripplot(**shared, legend=bool(hue), dodge=bool(hue), size=3, alpha=0.6)
     if hue:
         ax.legend(title=None, frameon=False)
+    groups = [text.get_text().replace("_", " ") for text in ax.get_xticklabels()]
+    ax.set_xticks(ax.get_xticks(), groups)
     ax.set(xlabel="", ylabel=ylabel or y)
     return ax
 
@@ -158,7 +169,7 @@ def intervals(ax: Axes, table: pd.DataFrame, xlabel: str, offset=0.0) -> Axes:
         ax.plot(row["value"], at, "o", color=colour, markersize=4.5)
         if "published" in row:
             ax.plot(row["published"], at, "D", markerfacecolor="none", color="black", markersize=6)
-    ax.set_yticks(heights, table["label"])
+    ax.set_yticks(heights, [wrapped(label) for label in table["label"]], fontsize=9)
     ax.set(xlabel=xlabel, ylim=(-0.6, len(table) - 0.4))
     ax.grid(axis="x", alpha=0.3)
     return ax

@@ -43,7 +43,7 @@ QUESTIONS = {
     ("mr_reference", "ct_sma_plus"): ("The MR reference in place of its estimates", "the AUC"),
 }
 QUANTITIES = {
-    "hu_r2": "R2 of ridge on CT with ground truth",
+    "hu_r2": "R² of ridge on CT with ground truth",
     "ct_threshold_bv_tv_ratio": "BV/TV above 250 HU over ground truth",
     "mean": "mean of ground truth",
     "correlation": "correlation with BV/TV, ground truth",
@@ -314,6 +314,7 @@ def results_table(results: str | Path) -> str:
 def detailed_tables(results: str | Path) -> dict[str, str]:
     """Markdown tables by title: measures, differences, registration error, difficulty."""
     agreement = read_results(results, "agreement")
+    difficulty = read_results(results, "cohort").get("calibration", {})
     tables = {
         "Agreement with the MR reference, mean of the biomarkers": _measure_rows(agreement),
         "ICC with the MR reference, by biomarker": _icc_rows(agreement["icc"]),
@@ -331,7 +332,9 @@ def detailed_tables(results: str | Path) -> dict[str, str]:
             }
             for bone, error in read_results(results, "registration")["tre_mm"].items()
         ],
-        "Difficulty of the simulated cohort": _difficulty_rows(read_results(results, "cohort")),
+        "Difficulty of the simulated cohort": difficulty_rows(
+            **{name: difficulty.get(name, {}) for name in ("figures", "frozen")}
+        ),
     }
     return {title: markdown_table(rows) for title, rows in tables.items() if rows}
 
@@ -390,19 +393,22 @@ def _difference_rows(differences: Mapping) -> list[dict]:
     return rows
 
 
-def _difficulty_rows(cohort: Mapping) -> list[dict]:
-    """Published range, this cohort, and the 300 knees on which the protocol was frozen."""
-    calibration = cohort.get("calibration", {})
+def difficulty_rows(figures: Mapping, frozen: Mapping) -> list[dict]:
+    """Published range, this cohort, and the 300 knees on which the protocol was frozen.
+
+    Both are {quantity of `kneesim.difficulty`: {"value": ..., "ci_low": ..., "ci_high": ...}};
+    `figures` have the published range (low, high) and its source too.
+    """
     rows = []
-    for name, found in calibration.get("figures", {}).items():
+    for name, found in figures.items():
         quantity, _, biomarker = name.partition(".")
-        in_range = "" if found["low"] is None else f"{found['low']:g} to {found['high']:g}"
+        in_range = "" if pd.isna(found["low"]) else f"{found['low']:g} to {found['high']:g}"
         row = {
             "quantity": QUANTITIES[quantity],
             "biomarker": LABELS.get(biomarker, ""),
             "published": in_range,
             "this cohort": interval(found, "value"),
-            "frozen protocol": interval(calibration["frozen"][name], "value"),
+            "frozen protocol": interval(frozen[name], "value"),
             "source": found["source"],
         }
         rows.append(row)
@@ -459,13 +465,23 @@ def markdown_table(rows: Sequence[Mapping]) -> str:
     return pd.DataFrame(rows).to_markdown(index=False, floatfmt=".3f")
 
 
-def interval(found: Mapping, name: str) -> str:
-    """A value with its 95 % interval, as in "0.589 (0.507 to 0.658)"."""
-    if found[name] is None:
+def interval(found: Mapping, name: str, ends: str = "") -> str:
+    """A value with its 95 % interval, as in "0.589 (0.507 to 0.658)".
+
+    The interval is in `ci_low` and `ci_high`, after the prefix `ends`.
+    """
+    low, high = found[f"{ends}ci_low"], found[f"{ends}ci_high"]
+    if pd.isna(found[name]):
         return "not defined"
-    if found["ci_low"] is None:
+    if pd.isna(low):
         return f"{found[name]:.3f} (no interval)"
-    return f"{found[name]:.3f} ({found['ci_low']:.3f} to {found['ci_high']:.3f})"
+    return f"{found[name]:.3f} ({low:.3f} to {high:.3f})"
+
+
+def intervals(table: pd.DataFrame, name: str, ends: str = "") -> pd.Series:
+    """`interval` of every row of a table."""
+    texts = [interval(row, name, ends) for row in table.to_dict("records")]
+    return pd.Series(texts, index=table.index, dtype=str)
 
 
 def draw_icc(results: str | Path, file: str | Path) -> None:

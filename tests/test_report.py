@@ -18,7 +18,7 @@ from PIL import Image
 from ctsma.arms import ARMS, COMPARISONS
 from ctsma.common import InputError
 from ctsma.files import ROOT
-from ctsma_lab import methods, pages, report, tables
+from ctsma_lab import figures, methods, pages, report, tables
 
 PUBLISHED = Path(__file__).parents[1] / "docs" / "results" / "full"
 MAX_REPORT_BYTES = 5_000_000
@@ -365,6 +365,24 @@ def test_results_without_ground_truth_have_fewer_tables(results):
     change(results / "cohort.json", calibration={})
     titles = tables.detailed_tables(results)
     assert not [title for title in titles if "Registration" in title or "Difficulty" in title]
+
+
+def test_values_of_a_table_are_shown_with_their_intervals():
+    rows = {"icc": [0.5, np.nan, 0.25], "ci_low": [0.4, 0.1, np.nan], "ci_high": [0.61, 0.2, 0.3]}
+    table = pd.DataFrame(rows, index=["a", "b", "c"])
+    shown = tables.intervals(table, "icc")
+    expected = ["0.500 (0.400 to 0.610)", "not defined", "0.250 (no interval)"]
+    assert shown.to_dict() == dict(zip("abc", expected, strict=True))
+    renamed = table.rename(columns={"ci_low": "icc_ci_low", "ci_high": "icc_ci_high"})
+    assert tables.intervals(renamed, "icc", "icc_").equals(shown)
+
+
+def test_a_long_label_is_broken_at_its_first_comma():
+    name = "calibrated HU ridge + CT network, CAM distillation"
+    assert figures.wrapped(name) == "calibrated HU ridge + CT network,\nCAM distillation"
+    assert figures.wrapped(f"age, sex, BMI\n{name}").splitlines()[0] == "age, sex, BMI"
+    for arm in ARMS.values():
+        assert max(map(len, figures.wrapped(arm.label).splitlines())) <= figures.LABEL_WIDTH
 
 
 def test_published_networks_are_shown_with_what_is_missing(tmp_path):
