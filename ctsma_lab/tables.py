@@ -470,12 +470,12 @@ def interval(found: Mapping, name: str, ends: str = "") -> str:
 
     The interval is in `ci_low` and `ci_high`, after the prefix `ends`.
     """
-    low, high = found[f"{ends}ci_low"], found[f"{ends}ci_high"]
     if pd.isna(found[name]):
         return "not defined"
+    low = found[f"{ends}ci_low"]
     if pd.isna(low):
         return f"{found[name]:.3f} (no interval)"
-    return f"{found[name]:.3f} ({low:.3f} to {high:.3f})"
+    return f"{found[name]:.3f} ({low:.3f} to {found[f'{ends}ci_high']:.3f})"
 
 
 def intervals(table: pd.DataFrame, name: str, ends: str = "") -> pd.Series:
