@@ -22,7 +22,7 @@ SHOWN_DPI = 100  # pixels of a page for an inch of a figure (design choice)
 COLOURS = 128  # of the palette of a figure with images; a third of the size (design choice)
 CHART_COLOURS = 256  # of the palette of a chart, whose own colours are no more than MANY
 MANY = 4096  # colours; a chart has hundreds, by its smooth edges, and an image many thousands
-WIDE = 1.7  # width over height from which a figure scrolls on a narrow screen (design choice)
+WIDE = 900  # pixels from which a figure scrolls on a narrow screen (design choice)
 CAPTION = re.compile(r"\*+(Key figure|Figure)\.\*+ *")
 # A folder and a name after it, as in /data/me/knees.csv; no link, closing tag or fraction.
 ABSOLUTE = re.compile(r"(?<![\w/.<])(?:/[\w.+-]+)+/([\w.+-]+)|\b[A-Z]:(?:\\+[\w.+-]+)+")
@@ -146,7 +146,7 @@ def figure_html(
     """A figure in a scroll box with its caption (HTML) and a link to the table behind it."""
     width, height = size
     alternative = html.escape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", caption)).strip())
-    kind = ' class="wide"' if width > WIDE * height else ""
+    kind = ' class="wide"' if width > WIDE else ""
     image = f'<img src="{file}" width="{width}" height="{height}" alt="{alternative or label}">'
     data = f' <a href="{table}">Data of this figure (CSV).</a>' if table else ""
     inside = re.sub(r"^\s*<p>|</p>\s*$", "", caption)

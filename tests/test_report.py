@@ -53,7 +53,7 @@ def run(results):
     (path / "notebooks").mkdir()
     (path / "figures").mkdir()
     for name in report.KEY_FIGURES:
-        (path / "figures" / f"{name}.png").write_bytes(drawn(400, 100))
+        (path / "figures" / f"{name}.png").write_bytes(drawn(1000, 250))
         (path / "figures" / f"{name}.csv").write_text("value\n1\n")
     image = base64.b64encode(drawn(300, 200)).decode()
     plot = v4.new_output("display_data", {"image/png": image, "text/plain": "<Figure>"})
@@ -121,7 +121,7 @@ def test_a_figure_has_its_caption_and_the_table_behind_it(run):
     prose = first.replace(figure, "")
     assert "What is" not in prose and "Before." in prose and "After." in prose
     written = Image.open(run / "report" / "figures" / "05_roc.png")
-    assert written.mode == "P" and written.size == (400, 100)
+    assert written.mode == "P" and written.size == (1000, 250)
 
 
 @pytest.mark.parametrize(("dpi", "shown"), [(None, 400), (72, 400), (100, 400), (200, 200)])
