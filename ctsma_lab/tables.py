@@ -100,7 +100,7 @@ def summary(results: str | Path, evidence: str | Path | None = None) -> str:
     groups = {
         f"Agreement with the MR reference, {knees}": _agreement_sentences(agreement),
         f"What the teacher adds, {knees}": _teacher_sentences(agreement, evidence),
-        f"Diagnosis of osteoarthritis, {knees}": _diagnosis_sentences(diagnosis),
+        f"Diagnosis of osteoarthritis, {knees}": _diagnosis_sentences(diagnosis, evidence),
     }
     if many:
         groups[large_cohort_title(many)] = large_cohort_sentences(many)
@@ -126,6 +126,7 @@ def _teacher_sentences(agreement: Mapping, evidence: Path) -> list[str]:
     if published := changes.get("ct_sma_vs_ct_only"):
         effect = effect_in_words("r of the CT network", published)
         sentences.append(f"The published distillation loss {effect}.")
+        sentences += _between_trainings(evidence, "difference_in_r")
     if distilled := changes.get("ct_sma_plus_vs_ct_residual"):
         effect = effect_in_words("r of the network that corrects the ridge", distilled)
         value = interval(agreement["icc"]["ct_sma_plus"]["mean"], "icc")
@@ -135,7 +136,7 @@ def _teacher_sentences(agreement: Mapping, evidence: Path) -> list[str]:
     return sentences + (_few_labels(evidence) if sentences else [])
 
 
-def _diagnosis_sentences(diagnosis: Mapping) -> list[str]:
+def _diagnosis_sentences(diagnosis: Mapping, evidence: Path) -> list[str]:
     auc, change = diagnosis["auc"], diagnosis["delong"].get("ct_sma_vs_ct_only")
     if not change:
         return []
@@ -147,6 +148,19 @@ def _diagnosis_sentences(diagnosis: Mapping) -> list[str]:
         f"{distilled} on patients.",
         f"The published distillation loss {effect_in_words('the AUC', change)}, Holm p = "
         f"{change['p_holm']:.2g}.",
+        *_between_trainings(evidence, "difference_in_auc"),
+    ]
+
+
+def _between_trainings(folder: Path, statistic: str) -> list[str]:
+    """Range of what the published loss changes over trainings of the same networks, if measured."""
+    trainings = _read_evidence(folder, "training_variation").get("trainings", [])
+    found = [row[statistic]["ct_sma_vs_ct_only"]["difference"] for row in trainings]
+    if not found:
+        return []
+    return [
+        "Across single training seeds, their mean and another machine this difference ranges from "
+        f"{min(found):+.3f} to {max(found):+.3f}; the interval does not contain this variation."
     ]
 
 

@@ -326,6 +326,12 @@ def test_the_summary_says_one_thing_a_line_with_the_numbers_of_the_files(results
     (results.parent / "distillation_evidence.json").write_text(json.dumps({"few_labels": few}))
     assert "Where 20 of 80 pairs have a reference" in tables.summary(results)
     assert "raises the mean ICC by 0.100" in tables.summary(results)
+    changes = [{"ct_sma_vs_ct_only": {"difference": value}} for value in (-0.0041, 0.02)]
+    rows = [{"difference_in_r": row, "difference_in_auc": row} for row in changes]
+    variation = results.parent / "training_variation.json"
+    variation.write_text(json.dumps({"trainings": rows}))
+    assert tables.summary(results).count("Across single training seeds") == 2
+    assert "from -0.004 to +0.020" in tables.summary(results)
     change(results / "agreement.json", differences=[])
     change(results / "diagnosis.json", delong={})
     assert not tables.summary(results)
