@@ -157,26 +157,22 @@ def _explain_knee(model, tokens: torch.Tensor, share: float, rng: Generator) -> 
     }
 
 
-class Checks:
-    """Tokens, labels, folds and settings of a run, and the scores that several checks share."""
+class RunDiagnosis:
+    """Tokens, labels, folds and settings of the diagnosis of a run."""
 
     def __init__(self, run: Run, n_jobs: int):
         self.knees, self.splits, self.n_jobs = run.manifest(), run.splits(), n_jobs
         diagnosis = run.results("diagnosis")
-        parameters = diagnosis.get("parameters", {})
+        self.parameters = parameters = diagnosis.get("parameters", {})
         self.seed = diagnosis["seed"]
         self.seeds = [self.seed + k for k in range(parameters.get("n_seeds", 5))]
-        self.n_draws = parameters.get("n_permutations", 20)
         self.settings = TransformerSettings(max_epochs=parameters.get("diagnosis_epochs", 80))
-        predictions = run.read_table("models/predictions.csv")
+        self.predictions = run.read_table("models/predictions.csv")
         labelled = self.knees.dropna(subset=["oa"]).set_index("knee_id")["oa"].astype(int)
-        every = tokens_by_arm(predictions, labelled.index)
-        self.tokens = {arm: every[arm] for arm in ("ct_only", MAIN_ARM, "mr_reference")}
-        judged = labelled.index.isin(every[MAIN_ARM]["knee_id"])
+        self.every_tokens = tokens_by_arm(self.predictions, labelled.index)
+        judged = labelled.index.isin(self.every_tokens[MAIN_ARM]["knee_id"])
         self.labels = labelled[judged].sort_index()
         self.truth = self.labels.to_numpy()
-        self.rows = self.knees.set_index("knee_id").loc[self.labels.index]
-        self.scores = self.transformer_scores(self.tokens)
 
     def transformer_scores(self, tokens: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         """Mean score over seeds, knees by arms."""
@@ -185,6 +181,18 @@ class Checks:
         )
         scores = scores.groupby(["arm", "knee_id"])["score"].mean().unstack("arm")
         return scores.loc[self.labels.index, list(tokens)]
+
+
+class Checks(RunDiagnosis):
+    """The checks, and the scores that several of them share."""
+
+    def __init__(self, run: Run, n_jobs: int):
+        super().__init__(run, n_jobs)
+        self.n_draws = self.parameters.get("n_permutations", 20)
+        arms = "ct_only", MAIN_ARM, "mr_reference"
+        self.tokens = {arm: self.every_tokens[arm] for arm in arms}
+        self.rows = self.knees.set_index("knee_id").loc[self.labels.index]
+        self.scores = self.transformer_scores(self.tokens)
 
     def subgroups(self) -> list[dict]:
         """By sex, by age, and mild and advanced OA each against all knees without OA."""

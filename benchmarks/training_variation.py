@@ -18,13 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from diagnosis_checks import RunDiagnosis
 
 from ctsma import agreement
 from ctsma.common import BIOMARKERS, InputError
 from ctsma.diagnosis import auc_delong, compare_delong, tokens_by_arm
-from ctsma.diagnosis.transformer import TransformerSettings, cross_validate_arms
 from ctsma.files import git_commit, versions, write_json
 from ctsma_lab.run import Run
+from ctsma_lab.tables import differences_in_r
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "training_variation.json"
 PAIRS = [("ct_sma", "ct_only"), ("ct_sma_plus", "ct_residual")]
@@ -34,11 +35,7 @@ NUMBERS = ("difference", "ci_low", "ci_high", "p")
 
 def of_results(agreed: Mapping, diagnosed: Mapping) -> dict:
     """AUC and differences of one training from its results files."""
-    in_r = {
-        f"{row['arm']}_vs_{row['against']}": row
-        for row in agreed["differences"]
-        if row["statistic"] == "r" and row["biomarker"] == "mean"
-    }
+    in_r = differences_in_r(agreed)
     found = {"auc": {}, "difference_in_auc": {}, "difference_in_r": {}}
     for pair in PAIRS:
         name = "{}_vs_{}".format(*pair)
@@ -48,19 +45,12 @@ def of_results(agreed: Mapping, diagnosed: Mapping) -> dict:
     return found
 
 
-class OneSeed:
+class OneSeed(RunDiagnosis):
     """Agreement and diagnosis from the networks of one training seed of a run."""
 
     def __init__(self, run: Run, n_jobs: int):
-        self.predictions = run.read_table("models/predictions.csv")
+        super().__init__(run, n_jobs)
         self.by_seed = run.read_table("models/predictions_by_seed.csv")
-        knees, self.splits = run.manifest(), run.splits()
-        labels = knees.dropna(subset=["oa"]).set_index("knee_id")["oa"].astype(int).sort_index()
-        self.labels = labels[labels.index.isin(self.predictions["knee_id"])]
-        diagnosis = run.results("diagnosis")
-        self.chosen = diagnosis["parameters"]
-        self.seeds = [diagnosis["seed"] + k for k in range(self.chosen["n_seeds"])]
-        self.n_jobs = n_jobs
 
     def estimates(self, seed: int) -> pd.DataFrame:
         """The run's predictions with the estimates of one training seed."""
@@ -72,21 +62,16 @@ class OneSeed:
     def results(self, seed: int) -> dict:
         """As `of_results`."""
         estimates = self.estimates(seed)
-        n_resamples, rng = self.chosen["n_resamples"], np.random.default_rng(seed)
+        n_resamples, rng = self.parameters["n_resamples"], np.random.default_rng(seed)
         in_r = agreement.paired_differences(estimates, PAIRS, rng, n_resamples)
         tokens = tokens_by_arm(estimates, self.labels.index)
         tokens.pop("mr_reference", None)
-        settings = TransformerSettings(max_epochs=self.chosen["diagnosis_epochs"])
-        scored = cross_validate_arms(
-            tokens, self.labels, self.splits, settings, self.seeds, self.n_jobs
-        )
-        scores = scored.groupby(["arm", "knee_id"])["score"].mean().unstack("arm")
-        scores, truth = scores.loc[self.labels.index], self.labels.to_numpy()
+        scores = self.transformer_scores(tokens)
         pairs = {
-            f"{arm}_vs_{other}": compare_delong(truth, scores[arm], scores[other])
+            f"{arm}_vs_{other}": compare_delong(self.truth, scores[arm], scores[other])
             for arm, other in PAIRS
         }
-        auc = {arm: auc_delong(truth, scores[arm]) for arm in scores}
+        auc = {arm: auc_delong(self.truth, scores[arm]) for arm in scores}
         return of_results({"differences": in_r.to_dict("records")}, {"auc": auc, "delong": pairs})
 
 

@@ -110,7 +110,7 @@ def summary(results: str | Path, evidence: str | Path | None = None) -> str:
 
 def _agreement_sentences(agreement: Mapping) -> list[str]:
     icc, r, ridge = agreement["icc"], agreement["r"], "hu_regression_calibrated"
-    change = _differences_in_r(agreement).get(f"ct_residual_vs_{ridge}")
+    change = differences_in_r(agreement).get(f"ct_residual_vs_{ridge}")
     if not change:
         return []
     return [
@@ -122,7 +122,7 @@ def _agreement_sentences(agreement: Mapping) -> list[str]:
 
 
 def _teacher_sentences(agreement: Mapping, evidence: Path) -> list[str]:
-    changes, sentences = _differences_in_r(agreement), []
+    changes, sentences = differences_in_r(agreement), []
     if published := changes.get("ct_sma_vs_ct_only"):
         effect = effect_in_words("r of the CT network", published)
         sentences.append(f"The published distillation loss {effect}.")
@@ -164,7 +164,7 @@ def _between_trainings(folder: Path, statistic: str) -> list[str]:
     ]
 
 
-def _differences_in_r(agreement: Mapping) -> dict[str, Mapping]:
+def differences_in_r(agreement: Mapping) -> dict[str, Mapping]:
     """Differences in r, mean of the biomarkers, by `<arm>_vs_<arm>`."""
     return {
         f"{row['arm']}_vs_{row['against']}": row
@@ -332,7 +332,7 @@ def detailed_tables(results: str | Path) -> dict[str, str]:
     tables = {
         "Agreement with the MR reference, mean of the biomarkers": _measure_rows(agreement),
         "ICC with the MR reference, by biomarker": _icc_rows(agreement["icc"]),
-        "Differences in r, mean of the biomarkers": _difference_rows(_differences_in_r(agreement)),
+        "Differences in r, mean of the biomarkers": _difference_rows(differences_in_r(agreement)),
         "Differences in mean ICC": _difference_rows(agreement["difference"]),
         "Differences in AUC (DeLong)": _difference_rows(
             read_results(results, "diagnosis")["delong"]
