@@ -138,7 +138,7 @@ def diagnose(run: Path, folder: Path, n: int) -> None:
     agreement.agreement_table(predictions, rng)
     agreement.paired_differences(predictions, [("ct_sma", "ct_only")], rng)
     tokens = diagnosis.tokens_by_arm(predictions, labels.index)
-    settings = TransformerSettings(max_epochs=2)
+    settings = TransformerSettings(epochs=2)
     found = cross_validate_arms(tokens, labels, splits, settings)
     features = diagnosis.compartment_means(tokens["ct_only"])
     diagnosis.cross_validate_tabular(features, labels, splits, "logistic")

@@ -165,8 +165,8 @@ class RunDiagnosis:
         diagnosis = run.results("diagnosis")
         self.parameters = parameters = diagnosis.get("parameters", {})
         self.seed = diagnosis["seed"]
-        self.seeds = [self.seed + k for k in range(parameters.get("n_seeds", 5))]
-        self.settings = TransformerSettings(max_epochs=parameters.get("diagnosis_epochs", 80))
+        self.seeds = [self.seed + k for k in range(parameters["n_seeds"])]
+        self.settings = TransformerSettings(epochs=parameters["diagnosis_epochs"])
         self.predictions = run.read_table("models/predictions.csv")
         labelled = self.knees.dropna(subset=["oa"]).set_index("knee_id")["oa"].astype(int)
         self.every_tokens = tokens_by_arm(self.predictions, labelled.index)

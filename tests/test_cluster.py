@@ -68,7 +68,7 @@ def test_diagnosis_gives_the_same_bits_on_a_cluster(dask, tmp_path):
     labels = pd.Series({subject: int(subject[1:]) // 2 % 2 for subject in splits["subject_id"]})
     columns = ["subject_id", "knee_id", "patch_id", "compartment", "u", "v", "w", *BIOMARKERS]
     tokens = {"mr_reference": patches.table[columns]}
-    settings = TransformerSettings(max_epochs=3)
+    settings = TransformerSettings(epochs=3)
     here = cross_validate_arms(tokens, labels, splits, settings)
     with cluster.on_cluster(dask.scheduler_address, tmp_path):
         there = cross_validate_arms(tokens, labels, splits, settings)
@@ -81,7 +81,7 @@ def test_training_and_diagnosis_give_the_same_bits_on_a_cluster(dask, tmp_path):
     patches, arms = toy(), ["hu_regression", "mr_teacher", "ct_only", "ct_sma_plus"]
     splits = splits_of(patches)
     labels = pd.Series({subject: int(subject[1:]) // 2 % 2 for subject in splits["subject_id"]})
-    settings = TransformerSettings(max_epochs=3)
+    settings = TransformerSettings(epochs=3)
 
     def study(name):
         found = cross_validate(patches, splits, arms, TINY, [0], tmp_path / name, n_jobs=2)

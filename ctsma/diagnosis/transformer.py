@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy import ndarray
-from numpy.random import Generator
 from torch import Tensor, nn
 
 from ctsma.common import BIOMARKERS, COMPARTMENTS, InputError
@@ -26,7 +25,8 @@ class TransformerSettings:
 
     On synthetic tokens of no cohort more layers, width or dropout gave the same AUC within its
     error. The learning rate was chosen by the validation loss of `mr_reference` inside the training
-    folds of a simulated cohort of 80 knees.
+    folds of a simulated cohort of 80 knees, the number of epochs on other simulated knees
+    (benchmarks/diagnosis_training.py).
     """
 
     width: int = 16
@@ -35,9 +35,7 @@ class TransformerSettings:
     dropout: float = 0.2
     learning_rate: float = 5e-3
     weight_decay: float = 0.05
-    max_epochs: int = 80
-    patience: int = 20  # epochs without a lower validation loss
-    validation_share: float = 0.2  # of the training subjects, for early stopping only
+    epochs: int = 20  # all of them: a dozen validation subjects stop a training at random
     # Random patches of each knee in one step: regularises, and bounds the cost
     patches_per_step: int = 8
     # Columns of the tokens; empty: biomarkers, and position if present
@@ -101,8 +99,8 @@ def cross_validate_arms(
 
     tokens: by arm; labels and splits as in `ctsma.diagnosis.inputs`; settings: TransformerSettings.
 
-    Standardisation, weights and early stopping come from the training folds alone. All (arm, seed,
-    fold) run in parallel processes of one thread; the same seed gives the same scores.
+    Standardisation and weights come from the training folds alone. All (arm, seed, fold) run in
+    parallel processes of one thread; the same seed gives the same scores.
     Returns DataFrame(arm, seed, knee_id, subject_id, fold, score). Raises InputError for NaN in the
     tokens, an unknown compartment, and as `knee_table`.
     """
@@ -154,13 +152,34 @@ def pad_tokens(
     return KneeTokens(knees, values[rows], rows < 0, rows)
 
 
+def train_transformer(
+    model: PatchTransformer, tokens: Tensor, absent: Tensor, oa: Tensor, settings
+) -> PatchTransformer:
+    """Full-batch AdamW on binary cross-entropy, every epoch with other patches of each knee."""
+    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    optimizer = torch.optim.AdamW(model.parameters(), **rates, fused=True)
+    model.train()
+    for _ in range(settings.epochs):
+        logit, _ = model(*random_patches(tokens, absent, settings.patches_per_step))
+        optimizer.zero_grad()
+        nn.functional.binary_cross_entropy_with_logits(logit, oa).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def random_patches(tokens: Tensor, absent: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """At most `count` random patches of each knee: tokens and padding."""
+    chosen = torch.rand(absent.shape).masked_fill(absent, 2).argsort(dim=1)[:, :count]
+    tokens = torch.take_along_dim(tokens, chosen[:, :, None], dim=1)
+    return tokens, torch.take_along_dim(absent, chosen, dim=1)
+
+
 def fit_without_fold(
-    data: KneeTokens, fold: int, settings: TransformerSettings, seed: int
+    data: KneeTokens, fold: int, settings: TransformerSettings, seed: int, train=train_transformer
 ) -> tuple[PatchTransformer, Tensor]:
     """The model trained without this fold, and all tokens standardised by the training folds."""
     knees, n_features = data.knees, data.values.shape[2]
-    rng = np.random.default_rng([seed, int(fold)])
-    training = (knees["fold"] != fold).to_numpy()
+    training = (knees["fold"] != fold).to_numpy(copy=True)
     measured = n_features - len(COMPARTMENTS)  # the one-hot compartment is not standardised
     seen = data.values[training][~data.absent[training]][:, :measured]
     mean, sd = np.zeros(n_features), np.ones(n_features)
@@ -169,58 +188,7 @@ def fit_without_fold(
     tokens = torch.from_numpy(((data.values - mean) / sd).astype(np.float32))
     absent = torch.tensor(data.absent)
     oa = torch.tensor(knees["oa"].to_numpy(np.float32, copy=True))
-    held_out = _validation_subjects(knees[training], settings.validation_share, rng)
-    validation = training & knees["subject_id"].isin(held_out).to_numpy()
-    fitting = training & ~validation
     with torch.random.fork_rng(devices=[]):  # weights and dropout read torch's global generator
-        torch.manual_seed(int(rng.integers(2**31)))
+        torch.manual_seed(int(np.random.default_rng([seed, int(fold)]).integers(2**31)))
         model = PatchTransformer(n_features, settings)
-        fitting_set = tokens[fitting], absent[fitting], oa[fitting]
-        validation_set = tokens[validation], absent[validation], oa[validation]
-        return _train(model, fitting_set, validation_set, settings), tokens
-
-
-def _validation_subjects(knees: pd.DataFrame, share: float, rng: Generator) -> list[str]:
-    """The same share of subjects of each class; at least one of each class stays for fitting."""
-    classes = knees.groupby("subject_id")["oa"].max()
-    shuffled = classes.iloc[rng.permutation(len(classes))]
-    held_out = []
-    for oa in (0, 1):
-        subjects = shuffled.index[shuffled == oa]
-        count = int(np.ceil(len(subjects) * share))
-        held_out += list(subjects[: min(count, max(len(subjects) - 1, 0))])
-    return held_out
-
-
-def _train(
-    model: PatchTransformer, fitting: tuple, validation: tuple, settings: TransformerSettings
-) -> PatchTransformer:
-    """Full-batch AdamW on binary cross-entropy; keeps the weights of least validation loss."""
-    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    optimizer = torch.optim.AdamW(model.parameters(), **rates, fused=True)
-    cross_entropy = nn.functional.binary_cross_entropy_with_logits
-    tokens, absent, oa = fitting
-    best_loss, best_epoch, best_state = np.inf, 0, None
-    for epoch in range(settings.max_epochs):
-        model.train()
-        logit, _ = model(*_random_patches(tokens, absent, settings.patches_per_step))
-        optimizer.zero_grad()
-        cross_entropy(logit, oa).backward()
-        optimizer.step()
-        model.eval()
-        with torch.no_grad():
-            logit, _ = model(validation[0], validation[1])
-            loss = cross_entropy(logit, validation[2]).item()
-        if not loss >= best_loss:  # also true for NaN, where nobody could be held out
-            best_loss, best_epoch = loss, epoch
-            best_state = {name: value.clone() for name, value in model.state_dict().items()}
-        elif epoch - best_epoch >= settings.patience:
-            break
-    model.load_state_dict(best_state)
-    return model.eval()
-
-
-def _random_patches(tokens: Tensor, absent: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    chosen = torch.rand(absent.shape).masked_fill(absent, 2).argsort(dim=1)[:, :count]
-    tokens = torch.take_along_dim(tokens, chosen[:, :, None], dim=1)
-    return tokens, torch.take_along_dim(absent, chosen, dim=1)
+        return train(model, tokens[training], absent[training], oa[training], settings), tokens
