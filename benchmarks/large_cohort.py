@@ -43,7 +43,7 @@ from ctsma_lab.run import Run
 from kneesim import draw_subjects, load_protocol, protocol_sha256
 
 N_KNEES, N_NULL = 720, 240  # of the cohort, and of the one without effects of disease
-N_FOLDS, N_SEEDS, N_PERMUTATIONS, N_RESAMPLES = 5, 5, 20, 2000
+N_FOLDS, N_SEEDS, N_PERMUTATIONS, N_RESAMPLES = 5, 10, 20, 2000
 MAIN, REFERENCE, MEAN_HU, PERSON = "ct_sma_plus", "mr_reference", "mean HU", "age, sex, BMI"
 QUESTIONS = [
     ("ct_sma", "ct_only"),
