@@ -35,9 +35,10 @@ from ctsma.diagnosis.transformer import (
     PatchTransformer,
     TransformerSettings,
     fit_without_fold,
+    make_optimizer,
     pad_tokens,
-    random_patches,
     train_transformer,
+    training_step,
 )
 from ctsma.files import git_commit, versions, write_json
 from ctsma.parallel import run_tasks
@@ -61,16 +62,13 @@ def early_stopping(
         knees = torch.nonzero(oa == label).flatten()
         count = int(np.ceil(len(knees) * VALIDATION))
         held_out[knees[torch.randperm(len(knees))[:count]]] = True
+    fitting = tokens[~held_out], absent[~held_out], oa[~held_out]
     cross_entropy = nn.functional.binary_cross_entropy_with_logits
-    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    optimizer = torch.optim.AdamW(model.parameters(), **rates, fused=True)
+    optimizer = make_optimizer(model, settings)
     best_loss, best_epoch, best_state = np.inf, 0, {}
     for epoch in range(settings.epochs):
         model.train()
-        seen = random_patches(tokens[~held_out], absent[~held_out], settings.patches_per_step)
-        optimizer.zero_grad()
-        cross_entropy(model(*seen)[0], oa[~held_out]).backward()
-        optimizer.step()
+        training_step(model, optimizer, *fitting, settings.patches_per_step)
         model.eval()
         with torch.no_grad():
             loss = cross_entropy(model(tokens[held_out], absent[held_out])[0], oa[held_out]).item()
@@ -87,15 +85,11 @@ def falling_rate(
     model: PatchTransformer, tokens: Tensor, absent: Tensor, oa: Tensor, settings
 ) -> PatchTransformer:
     """As `train_transformer`, with a learning rate that falls to 0 along a half cosine."""
-    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    optimizer = torch.optim.AdamW(model.parameters(), **rates, fused=True)
+    optimizer = make_optimizer(model, settings)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs)
     model.train()
     for _ in range(settings.epochs):
-        logit, _ = model(*random_patches(tokens, absent, settings.patches_per_step))
-        optimizer.zero_grad()
-        nn.functional.binary_cross_entropy_with_logits(logit, oa).backward()
-        optimizer.step()
+        training_step(model, optimizer, tokens, absent, oa, settings.patches_per_step)
         schedule.step()
     return model.eval()
 

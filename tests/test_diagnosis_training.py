@@ -29,7 +29,7 @@ def test_the_rule_takes_the_stable_way_among_those_of_least_loss():
     # Excess losses -0.03, 0.03 and 0.02: mean 0.0067, standard error 0.0186
     for cohort, loss in (("1", 0.47), ("2", 0.63), ("3", 0.54)):
         rows.append(row("as good, stable", cohort, loss, sd=0.03, seconds=1.0))
-        rows.append(row("as good, dear", cohort, loss, sd=0.02, seconds=9.0))
+        rows.append(row("as good, costly", cohort, loss, sd=0.02, seconds=9.0))
     assert ways.chosen(pd.DataFrame(rows)) == "as good, stable"
 
 

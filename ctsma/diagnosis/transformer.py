@@ -156,19 +156,30 @@ def train_transformer(
     model: PatchTransformer, tokens: Tensor, absent: Tensor, oa: Tensor, settings
 ) -> PatchTransformer:
     """Full-batch AdamW on binary cross-entropy, every epoch with other patches of each knee."""
-    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    optimizer = torch.optim.AdamW(model.parameters(), **rates, fused=True)
+    optimizer = make_optimizer(model, settings)
     model.train()
     for _ in range(settings.epochs):
-        logit, _ = model(*random_patches(tokens, absent, settings.patches_per_step))
-        optimizer.zero_grad()
-        nn.functional.binary_cross_entropy_with_logits(logit, oa).backward()
-        optimizer.step()
+        training_step(model, optimizer, tokens, absent, oa, settings.patches_per_step)
     return model.eval()
 
 
-def random_patches(tokens: Tensor, absent: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """At most `count` random patches of each knee: tokens and padding."""
+def make_optimizer(model: PatchTransformer, settings: TransformerSettings) -> torch.optim.AdamW:
+    """The optimizer of every training."""
+    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    return torch.optim.AdamW(model.parameters(), **rates, fused=True)
+
+
+def training_step(
+    model: PatchTransformer, optimizer, tokens: Tensor, absent: Tensor, oa: Tensor, count: int
+) -> None:
+    """One step on the binary cross-entropy of all knees, each with `count` random patches."""
+    logit, _ = model(*_random_patches(tokens, absent, count))
+    optimizer.zero_grad()
+    nn.functional.binary_cross_entropy_with_logits(logit, oa).backward()
+    optimizer.step()
+
+
+def _random_patches(tokens: Tensor, absent: Tensor, count: int) -> tuple[Tensor, Tensor]:
     chosen = torch.rand(absent.shape).masked_fill(absent, 2).argsort(dim=1)[:, :count]
     tokens = torch.take_along_dim(tokens, chosen[:, :, None], dim=1)
     return tokens, torch.take_along_dim(absent, chosen, dim=1)
